@@ -1,0 +1,156 @@
+"""The eager definition of every op, in plain PyTorch: builds all the logits, differentiated by autograd, fp64-clean.
+
+This is the only truth: every backend is compared with it. The tile-level functions at the end define what a backend
+has to provide.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .head import LogitTransform, RowStats, accumulation_dtype
+
+
+def transform_logits(product: Tensor, transform: LogitTransform, bias: Tensor | None = None) -> Tensor:
+    """Logits (..., V) from raw products (..., V), in the accumulation dtype."""
+    z = product.to(accumulation_dtype(product.dtype))
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    z = z * transform.logit_scale
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    return z / transform.temperature
+
+
+def _entropy(logp: Tensor) -> Tensor:
+    """Entropy (...) in nats of log-probabilities (..., V); a token of probability 0 adds 0."""
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+
+
+def logprobs_from_logits(
+    logits: Tensor,  # (N, V)
+    ids: Tensor,  # (N,)
+    transform: LogitTransform,
+    mask: Tensor | None = None,  # (N,)
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`log_softmax(logits).gather(ids)`, entropy and log-sum-exp, each (N,); rows outside the mask are 0 and never read."""
+    n = ids.shape[0]
+    rows = torch.arange(n, device=ids.device) if mask is None else mask.nonzero().squeeze(-1)
+    z = transform_logits(logits[rows], transform)
+    logp = torch.log_softmax(z, -1)
+
+    def scatter(values: Tensor) -> Tensor:
+        return values.new_zeros(n).index_put((rows,), values)
+
+    taken = scatter(logp.gather(-1, ids[rows].unsqueeze(-1)).squeeze(-1))
+    return taken, scatter(_entropy(logp)) if entropy else None, scatter(torch.logsumexp(z, -1))
+
+
+def linear_logprobs(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    ids: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    transform: LogitTransform,
+    mask: Tensor | None = None,  # (N,)
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`logprobs_from_logits(hidden @ weight.T + bias, ids)`, the product in the accumulation dtype."""
+    dtype = accumulation_dtype(torch.promote_types(hidden.dtype, weight.dtype))
+    if mask is not None:
+        hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
+    product = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        product = product + bias.to(dtype)
+    return logprobs_from_logits(product, ids, transform, mask, entropy)
+
+
+def group_advantages(rewards: Tensor, group_ids: Tensor, baseline: str, scale: str, eps: float) -> Tensor:
+    """`(r - baseline) / (std + eps)` per group, (B,); NaN rewards take no part and get 0. See `ops.group_advantages`."""
+    r = rewards.to(torch.float64)
+    scored = ~r.isnan()
+    _, group = group_ids.unique(return_inverse=True)
+    groups = int(group.max()) + 1 if group.numel() else 0
+
+    def total(x: Tensor) -> Tensor:  # sum over the scored members of each row's group
+        return x.new_zeros(groups).index_add(0, group[scored], x[scored])[group]
+
+    count = total(torch.ones_like(r))
+    mean = total(r) / count
+    low = r.new_full((groups,), torch.inf).scatter_reduce(0, group[scored], r[scored], "amin")[group]
+    high = r.new_full((groups,), -torch.inf).scatter_reduce(0, group[scored], r[scored], "amax")[group]
+    if baseline == "mean":
+        advantages = r - mean
+    else:
+        advantages = r - (total(r) - r) / (count - 1)
+    if scale == "group":
+        advantages = advantages / ((total((r - mean) ** 2) / (count - 1)).sqrt() + eps)
+    elif scale == "batch":
+        advantages = advantages / (r[scored].std() + eps)
+    nothing = ~scored | (count < 2) | (low == high) | advantages.isnan()
+    return advantages.masked_fill(nothing, 0.0).to(rewards.dtype)
+
+
+# What a backend provides, on a tile of raw products -----------------------------------------------------------------
+
+
+def row_stats(
+    tile: Tensor,  # (n, V) raw products
+    ids: Tensor,  # (n,) int64; -1: not in this vocabulary shard
+    transform: LogitTransform,
+    bias: Tensor | None,  # (V,)
+    entropy: bool,
+) -> RowStats:
+    """Row pass 1: the statistics of each row of a tile."""
+    z = transform_logits(tile, transform, bias)
+    row_max = z.amax(-1)
+    shifted = z - row_max.unsqueeze(-1)
+    log_sum = shifted.exp().sum(-1).log()
+    taken = shifted.gather(-1, ids.clamp(min=0).unsqueeze(-1)).squeeze(-1) - log_sum
+    taken = torch.where((ids >= 0) | taken.isnan(), taken, -torch.inf)
+    return RowStats(row_max, log_sum, taken, _entropy(shifted - log_sum.unsqueeze(-1)) if entropy else None)
+
+
+def row_grad(
+    tile: Tensor,  # (n, V) raw products
+    out: Tensor,  # (k, V) receives the gradient of the raw products; may be the tile itself
+    ids: Tensor,  # (n,)
+    transform: LogitTransform,
+    bias: Tensor | None,  # (V,)
+    row_max: Tensor,  # (n,)
+    log_sum: Tensor,  # (n,)
+    entropy: Tensor | None,  # (n,), needed with grad_entropy
+    grad_logps: Tensor | None,  # (n,)
+    grad_entropy: Tensor | None,  # (n,)
+    grad_lse: Tensor | None,  # (n,)
+    source: Tensor | None = None,  # (k,) int64
+    target: Tensor | None = None,  # (k,) int64
+) -> None:
+    """Row pass 2: `out[target[i]]` becomes the gradient of row `source[i]` of the tile.
+
+    `[g_logp (onehot - p) - g_H p (log p + H) + g_lse p] * d logit / d product`.
+    """
+    if source is not None:
+        tile, ids, row_max, log_sum = tile[source], ids[source], row_max[source], log_sum[source]
+        entropy, grad_logps, grad_entropy, grad_lse = (
+            None if x is None else x[source] for x in (entropy, grad_logps, grad_entropy, grad_lse)
+        )
+    z = transform_logits(tile, transform, bias)
+    logp = (z - row_max.unsqueeze(-1)) - log_sum.unsqueeze(-1)
+    grad = torch.zeros_like(logp)
+    if grad_logps is not None:
+        onehot = (ids.unsqueeze(-1) == torch.arange(tile.shape[-1], device=tile.device)).to(z.dtype)
+        grad += grad_logps.unsqueeze(-1) * (onehot - logp.exp())
+    if grad_entropy is not None and entropy is not None:
+        grad -= grad_entropy.unsqueeze(-1) * logp.exp() * (logp.clamp(min=-1e30) + entropy.unsqueeze(-1))
+    if grad_lse is not None:
+        grad += grad_lse.unsqueeze(-1) * logp.exp()
+    if transform.softcap is not None:
+        grad *= 1 - (z * transform.temperature / transform.softcap) ** 2
+    grad *= transform.logit_scale / transform.temperature
+    if target is None:
+        out.copy_(grad)
+    else:
+        out[target] = grad.to(out.dtype)

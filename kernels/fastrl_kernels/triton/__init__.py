@@ -1,0 +1,7 @@
+"""Triton kernels: the GPU backend of fastrl. Importing this package needs triton; running it needs a GPU or the interpreter."""
+
+from fastrl_kernels.triton.group_advantages import group_advantages
+from fastrl_kernels.triton.row_grad import row_grad
+from fastrl_kernels.triton.row_stats import row_stats
+
+__all__ = ["group_advantages", "row_grad", "row_stats"]
