@@ -1,6 +1,7 @@
 """Kernels and operators of fastrl: needs torch and numpy (and triton where there is a GPU), never transformers."""
 
 from . import backends, reference
+from .functional import TokenStats, group_advantages, linear_logprobs, logprobs_from_logits
 from .head import LogitTransform, RowStats, accumulation_dtype
 from .objective import TokenBatch, TokenObjective, register_objective
 
@@ -9,8 +10,12 @@ __all__ = [
     "RowStats",
     "TokenBatch",
     "TokenObjective",
+    "TokenStats",
     "accumulation_dtype",
     "backends",
+    "group_advantages",
+    "linear_logprobs",
+    "logprobs_from_logits",
     "reference",
     "register_objective",
 ]

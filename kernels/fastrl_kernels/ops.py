@@ -32,6 +32,11 @@ def _head(
     return head, vocabulary
 
 
+def check_range(mask: Tensor | None, ids: Tensor, vocabulary: int) -> None:
+    """Raises ValueError where an id inside the mask is outside the vocabulary."""
+    _select(mask, ids, vocabulary)
+
+
 def _select(mask: Tensor | None, ids: Tensor, vocabulary: int) -> Tensor | None:
     """Index of the rows in the mask (None: all of them), after checking that their ids are in the vocabulary.
 

@@ -1,4 +1,4 @@
-"""Triton kernels: the GPU backend of fastrl. Importing this package needs triton; running it needs a GPU or the interpreter."""
+"""Triton kernels, the GPU backend: importing needs triton, running needs a GPU or Triton's interpreter."""
 
 from fastrl_kernels.triton.group_advantages import group_advantages
 from fastrl_kernels.triton.row_grad import row_grad

@@ -4,6 +4,9 @@ No sort, no group index, no host synchronisation: group ids may be any integers 
 statistics are recomputed by each program in the same fixed order, so members of a group share them to the bit.
 """
 
+# An annotation on a kernel argument would be its Triton type.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import torch
@@ -54,8 +57,8 @@ def group_advantages_fwd_kernel(
     batch_size = tl.sum(batch_count, 0).to(dtype)
     batch_mean = tl.sum(batch_total, 0) / batch_size
 
-    # Second pass over the centred rewards. Their sum is the rounding error of the mean: taking it out keeps the digits of
-    # small differences between large rewards.
+    # Second pass, over the centred rewards. Their sum is the rounding error of the mean: taking it out keeps the digits
+    # of small differences between large rewards.
     drift = tl.zeros((BLOCK_ROWS,), dtype)
     squares = tl.zeros((BLOCK_ROWS,), dtype)
     batch_drift = tl.zeros((BLOCK_COLS,), dtype)

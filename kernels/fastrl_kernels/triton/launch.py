@@ -32,9 +32,9 @@ class GroupConfig(NamedTuple):
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_COLUMNS = 2**31 - 2**16  # column offsets are int32 (row offsets are int64)
 
-# Blocks are powers of two. 16 elements per thread keep an fp32 block, its running sums and its entropy terms in registers,
-# and are a whole number of 16-byte loads in every dtype; fp64 takes half as many. Short rows take fewer warps, since a warp
-# without columns still pays for the reductions.
+# Blocks are powers of two. 16 elements per thread keep an fp32 block, its running sums and its entropy terms in
+# registers, and are a whole number of 16-byte loads in every dtype; fp64 takes half as many. Short rows take fewer
+# warps, since a warp without columns still pays for the reductions.
 _SHORT_ROW, _MEDIUM_ROW, _LONG_ROW = RowConfig(512, 4), RowConfig(2048, 4), RowConfig(4096, 8)
 _SHORT_ROW_FP64, _LONG_ROW_FP64 = RowConfig(512, 4), RowConfig(2048, 8)
 GROUP_CONFIG = GroupConfig(16, 128, 4)
@@ -73,7 +73,7 @@ def launch_device(kernel: object, tensor: Tensor, name: str) -> AbstractContextM
 
 
 def check_tile(name: str, tile: Tensor, written: bool = False) -> None:
-    """Raises TypeError or ValueError unless `tile` is (n, V) in a supported dtype, rows contiguous (apart if written)."""
+    """Raises TypeError or ValueError unless `tile` is (n, V), its rows contiguous (and apart, if they are written)."""
     if tile.dtype not in ROW_DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(str, ROW_DTYPES))}, got {tile.dtype}")
     if tile.dim() != 2 or not 1 <= tile.shape[1] <= MAX_COLUMNS:
@@ -82,7 +82,9 @@ def check_tile(name: str, tile: Tensor, written: bool = False) -> None:
     if n and vocabulary > 1 and tile.stride(1) != 1:
         raise ValueError(f"{name} must have a contiguous last dimension, got strides {tile.stride()}")
     if written and n > 1 and tile.stride(0) < vocabulary:
-        raise ValueError(f"{name} must have rows that do not overlap, got shape {(n, vocabulary)}, strides {tile.stride()}")
+        raise ValueError(
+            f"{name} must have rows that do not overlap, got shape {(n, vocabulary)}, strides {tile.stride()}"
+        )
 
 
 def vector(name: str, x: Tensor | None, length: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:

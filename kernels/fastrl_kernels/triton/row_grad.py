@@ -3,6 +3,9 @@
 May write over its own input, one block at a time, and may move rows while it does; it never builds the probabilities.
 """
 
+# An annotation on a kernel argument would be its Triton type.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import torch
@@ -52,7 +55,7 @@ def row_grad_bwd_kernel(
     z, slope = logit_and_slope(x, gain_in, gain_out, SOFTCAP)
 
     logp = (z - tl.load(row_max_ptr + source)) - tl.load(log_sum_ptr + source)
-    # p is exactly 0 far above this floor in every dtype; without it p * log p is 0 * -inf. (tl.maximum would drop a NaN.)
+    # p is exactly 0 far above this floor in every dtype; without it p * log p is 0 * -inf. tl.maximum would drop a NaN.
     logp = tl.where(logp < -1e4, -1e4, logp)
     p = tl.exp(logp)
     factor = tl.zeros((), dtype)
@@ -87,10 +90,10 @@ def row_grad(
     source: Tensor | None = None,  # (k,)
     target: Tensor | None = None,  # (k,)
 ) -> None:
-    """Writes `out[target[i]] = d(loss)/d(tile[source[i]])` for each of k rows, given the gradients of the row statistics.
+    """Writes `out[target[i]] = d(loss)/d(tile[source[i]])` for k rows, given the gradients of the row statistics.
 
-    With p the softmax of a row's logits z and g_* its upstream gradients:
-    `dz = g_logp * (onehot(id) - p) - g_H * p * (log p + H) + g_lse * p`, then times dz/d(product). p log p is 0 at p = 0.
+    With p the softmax of a row's logits and g_* its upstream gradients:
+    `g_logp * (onehot(id) - p) - g_H * p * (log p + H) + g_lse * p`, times d(logit)/d(product); p log p is 0 at p = 0.
 
     Args:
         tile: (n, V) raw products, as `row_stats` took them.

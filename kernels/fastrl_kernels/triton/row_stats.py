@@ -4,6 +4,9 @@ One read of each logit, online over blocks of columns; the transformed or normal
 is one program that adds in a fixed order, so results are bitwise reproducible.
 """
 
+# An annotation on a kernel argument would be its Triton type.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import torch
@@ -38,7 +41,7 @@ def row_stats_fwd_kernel(
     gain_in = tl.full((), scale_in, dtype)
     gain_out = tl.full((), scale_out, dtype)
 
-    # The maximum is one scalar per row, the sums stay one per lane until the end: one reduction per block instead of three.
+    # The maximum is a scalar of the row; the sums stay one per lane until the end: one reduction per block, not three.
     running_max = tl.full((), float("-inf"), dtype)
     lane_sum = tl.zeros((BLOCK_SIZE,), dtype)  # sum of exp(z - shift)
     lane_dot = tl.zeros((BLOCK_SIZE,), dtype)  # sum of exp(z - shift) * (z - shift)
@@ -90,7 +93,7 @@ def row_stats(
 ) -> RowStats:
     """Max, log-sum, log-probability of `ids` and entropy of each row of logits.
 
-    Eager equivalent: `z = transform(tile + bias); lp = z.log_softmax(-1); lp.gather(-1, ids), -(lp.exp() * lp).sum(-1)`.
+    Eager equivalent: `lp = transform(tile + bias).log_softmax(-1); lp.gather(-1, ids), -(lp.exp() * lp).sum(-1)`.
 
     Args:
         tile: (n, V) raw products in fp32, bf16, fp16 or fp64; last dimension contiguous, any row stride. Not modified.

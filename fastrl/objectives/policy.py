@@ -1,0 +1,482 @@
+"""Policy-gradient objectives (GRPO and its kin): one definition, on given logps or fused with the LM head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from fastrl_kernels import TokenBatch, backends, linear_logprobs, ops, register_objective, validation
+from fastrl_kernels.functional import harmonize
+from fastrl_kernels.head import LogitTransform
+from torch import Tensor
+
+from .kl import KL_ESTIMATORS, kl_estimate
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+
+
+class LossOutput(NamedTuple):
+    """What a policy loss returns."""
+
+    loss: Tensor  # scalar, differentiable
+    logps: Tensor  # (B, T), detached; 0 where a token was not scored
+    metrics: dict[str, Tensor]  # detached scalars, TRL's names
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyObjective:
+    """A clipped policy-gradient objective with optional KL penalty and entropy bonus. Argument names are TRL 1.16's.
+
+    With ratio `c = exp(logps - old_logps)` (per token, or per sequence the geometric mean), advantage A and mask M:
+
+        policy term   L = -min(min(c, delta) A, clip(c, 1 - epsilon, 1 + epsilon_high) A)
+        token loss    gate * L + beta * KL          gate: rollout ratio, off-policy mask, top-entropy mask
+        loss          sum of M * token loss, aggregated by loss_type, - entropy_coef * mean entropy
+
+    loss_type, and what `normalizer` is for it:
+        grpo: mean over tokens, then over sequences (Shao et al. 2024, eq. 3). Normalizer: sequences.
+        bnpo: mean over the tokens of the (micro-)batch. Normalizer: tokens.
+        dr_grpo: sum over tokens / (sequences x max_completion_length) (Liu et al. 2025): no length bias.
+            Normalizer: sequences x max_completion_length.
+        dapo: sum over tokens / tokens of the whole optimizer step (Yu et al. 2025, eq. 8). Normalizer: tokens.
+
+    Args:
+        loss_type: "grpo", "bnpo", "dr_grpo" or "dapo".
+        epsilon: lower clip, at least 0; epsilon_high: upper clip (None: epsilon), DAPO's clip-higher.
+        delta: upper bound of the ratio where A < 0 (two-sided clip, INTELLECT-2), or None.
+        beta: weight of the KL to the reference; 0: no reference is needed.
+        kl_estimator: "k1", "k2" or "k3" (see `kl_estimate`).
+        use_bias_correction_kl: multiply the KL by the ratio, with gradient (DeepSeek-V3.2; TRL's default).
+        importance_sampling_level: "token", or "sequence" (GSPO, Zheng et al. 2025).
+        entropy_coef: weight of the entropy bonus; a negative one penalises entropy.
+        top_entropy_quantile: rho; only the share rho of tokens of highest entropy enters the policy term and the bonus.
+        off_policy_mask_threshold: sequences of negative advantage whose mean `sampling_logps - logps` exceeds it leave
+            the policy term (DeepSeek-V3.2), or None.
+        max_completion_length: tokens, needed by dr_grpo unless a normalizer is given.
+
+    A subclass that overrides `token_loss` (plain PyTorch, differentiable) works in every form, the single pass included.
+    If it needs other tokens than the one it scores, it also overrides `token_local` to be False.
+
+    Raises:
+        ValueError: an argument out of its range; the message names it.
+    """
+
+    loss_type: str = "dapo"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    beta: float = 0.0
+    kl_estimator: str = "k3"
+    use_bias_correction_kl: bool = True
+    importance_sampling_level: str = "token"
+    entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
+    off_policy_mask_threshold: float | None = None
+    max_completion_length: int | None = None
+
+    def __post_init__(self) -> None:
+        def require(name: str, valid: bool, expected: str) -> None:
+            if not valid:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+        require("loss_type", self.loss_type in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}")
+        require("epsilon", self.epsilon >= 0, "a number of at least 0")
+        require("epsilon_high", self.epsilon_high is None or self.epsilon_high >= 0, "None or a number of at least 0")
+        require("delta", self.delta is None or self.delta > 0, "None or a number above 0")
+        require("kl_estimator", self.kl_estimator in KL_ESTIMATORS, f"one of {', '.join(KL_ESTIMATORS)}")
+        level = self.importance_sampling_level
+        require("importance_sampling_level", level in ("token", "sequence"), "'token' or 'sequence'")
+        require("top_entropy_quantile", 0 <= self.top_entropy_quantile <= 1, "a number in [0, 1]")
+        length = self.max_completion_length
+        require("max_completion_length", length is None or length > 0, "None or a number of tokens above 0")
+        object.__setattr__(self, "handle", register_objective(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy or an unpickled objective is built anew: it needs a handle of its own.
+        return _rebuild, (type(self), {f.name: getattr(self, f.name) for f in fields(self) if f.init})
+
+    # What the loss of a token depends on ----------------------------------------------------------------------------
+
+    @property
+    def token_local(self) -> bool:
+        """Whether a token's loss depends on its own logp and entropy only, so that a single pass can compute it."""
+        return (
+            self.importance_sampling_level == "token"
+            and self.top_entropy_quantile == 1
+            and self.off_policy_mask_threshold is None
+        )
+
+    def live_tokens(self, *, advantages: Tensor, mask: Tensor, importance_ratio: Tensor | None = None) -> Tensor:
+        """Tokens that may carry a gradient, bool `(B, T)`, known before any forward.
+
+        A token is dead, exactly, when it is masked, or when its advantage (or rollout ratio) is 0 and neither a KL nor
+        an entropy term acts on it. A subclass with its own `token_loss` keeps all tokens of the mask, unless it
+        overrides this too.
+        """
+        live = mask if mask.dtype == torch.bool else mask != 0
+        own_loss = type(self).token_loss is not PolicyObjective.token_loss
+        if own_loss or self.beta != 0 or self.entropy_coef != 0:
+            return live
+        live = live & (_per_token(advantages) != 0)
+        return live if importance_ratio is None else live & (importance_ratio != 0)
+
+    # The definition -------------------------------------------------------------------------------------------------
+
+    def token_loss(self, tokens: TokenBatch) -> Tensor:
+        """Loss of each token, before aggregation and without the entropy bonus; broadcasts to the shape of logps."""
+        ratio = self._ratio(tokens)
+        advantages = tokens.advantages
+        clipped = torch.clamp(ratio, 1 - self.epsilon, 1 + self._epsilon_high)
+        bounded = ratio if self.delta is None else torch.clamp(ratio, max=self.delta)
+        loss = -torch.min(bounded * advantages, clipped * advantages)
+        if tokens.gate is not None:
+            loss = loss * tokens.gate
+        return loss if self.beta == 0 else loss + self.beta * self._kl(tokens, ratio)
+
+    @property
+    def _epsilon_high(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    def _ratio(self, tokens: TokenBatch) -> Tensor:
+        """Importance ratio: per token, or `(B, 1)` per sequence."""
+        old = tokens.logps.detach() if tokens.old_logps is None else tokens.old_logps
+        log_ratio = tokens.logps - old
+        if self.importance_sampling_level == "sequence":
+            log_ratio = _masked_mean_rows(log_ratio, tokens.mask).unsqueeze(-1)
+        return torch.exp(log_ratio)
+
+    def _kl(self, tokens: TokenBatch, ratio: Tensor) -> Tensor:
+        if tokens.ref_logps is None:
+            raise ValueError(f"ref_logps: needed with beta = {self.beta}")
+        kl = kl_estimate(tokens.logps, tokens.ref_logps, self.kl_estimator)
+        return kl * ratio if self.use_bias_correction_kl else kl
+
+    # Aggregation ----------------------------------------------------------------------------------------------------
+
+    def token_weights(self, mask: Tensor, normalizer: Tensor | float | None, dtype: torch.dtype) -> Tensor:
+        """Weight `(B, T)` of each token's loss in the sum; 0 outside the mask."""
+        ones = mask.to(dtype)
+        if self.loss_type == "grpo":
+            ones = ones / ones.sum(-1, keepdim=True).clamp(min=1)
+        if normalizer is not None:
+            return ones / normalizer
+        if self.loss_type == "grpo":
+            return ones / max(1, ones.shape[0])
+        if self.loss_type == "dr_grpo":
+            if self.max_completion_length is None:
+                raise ValueError("max_completion_length: dr_grpo needs it, or a normalizer")
+            return ones / max(1, ones.shape[0] * self.max_completion_length)
+        return ones / ones.sum().clamp(min=1)
+
+    def entropy_weights(self, mask: Tensor, normalizer: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
+        """Weight `(B, T)` of each token's entropy in the bonus, or None where there is no bonus."""
+        if self.entropy_coef == 0:
+            return None
+        ones = mask.to(dtype)
+        return self.entropy_coef * ones / (ones.sum().clamp(min=1) if normalizer is None else normalizer)
+
+    # Metrics --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def metrics(self, tokens: TokenBatch, mask: Tensor, live: Tensor) -> dict[str, Tensor]:
+        """TRL's metrics. kl and entropy: means over the scored tokens (`tokens.mask`); clip ratios: shares of `mask`."""
+        scored = mask if tokens.mask is None else tokens.mask
+        dtype = tokens.logps.dtype
+        count = mask.sum().clamp(min=1)
+        out = {"live_fraction": live.sum() / count}
+        ratio = self._ratio(tokens)
+        if self.beta != 0:
+            out["kl"] = _masked_mean(self._kl(tokens, ratio), scored)
+        if tokens.entropy is not None:
+            out["entropy"] = _masked_mean(tokens.entropy, scored)
+        if self.delta is not None:
+            ratio = torch.clamp(ratio, max=self.delta)
+        low = (ratio < 1 - self.epsilon) & (tokens.advantages < 0)
+        high = (ratio > 1 + self._epsilon_high) & (tokens.advantages > 0)
+        if self.importance_sampling_level == "sequence" and low.shape[-1] == 1:  # one value per sequence
+            low_rows, high_rows = low.squeeze(-1).to(dtype), high.squeeze(-1).to(dtype)
+            means = [x.to(dtype).mean() for x in (low, high, low | high)]
+        else:
+            low, high = low & scored, high & scored
+            low_rows, high_rows = low.sum(-1) / mask.sum(-1), high.sum(-1) / mask.sum(-1)  # NaN: a fully masked row
+            means = [x.sum() / count for x in (low, high, low | high)]
+        out["clip_ratio/low_mean"], out["clip_ratio/high_mean"], out["clip_ratio/region_mean"] = means
+        out["clip_ratio/low_min"] = -_nan_max(-low_rows)
+        out["clip_ratio/high_max"] = _nan_max(high_rows)
+        return out
+
+
+def _rebuild(kind: type[PolicyObjective], arguments: dict[str, Any]) -> PolicyObjective:
+    return kind(**arguments)
+
+
+# The form on given logps --------------------------------------------------------------------------------------------
+
+
+def policy_loss(
+    logps: Tensor,  # (B, T)
+    objective: PolicyObjective,
+    *,
+    advantages: Tensor,  # (B,) or (B, T)
+    mask: Tensor,  # (B, T)
+    old_logps: Tensor | None = None,  # (B, T)
+    ref_logps: Tensor | None = None,  # (B, T)
+    entropy: Tensor | None = None,  # (B, T)
+    importance_ratio: Tensor | None = None,  # (B, T) or (B, 1)
+    sampling_logps: Tensor | None = None,  # (B, T)
+    normalizer: Tensor | float | None = None,
+    entropy_normalizer: Tensor | float | None = None,
+) -> LossOutput:
+    """The policy loss on given log-probabilities; differentiable in logps and entropy, twice if need be.
+
+    Args:
+        logps: `(B, T)` of the taken tokens under the policy.
+        objective: what to compute; see `PolicyObjective`.
+        advantages: `(B,)`, or `(B, T)` per token.
+        mask: `(B, T)`, nonzero where the token counts. Values elsewhere are never used and may be NaN or inf.
+        old_logps: under the policy that sampled; None: the policy itself (ratio 1).
+        ref_logps: under the reference; needed with beta.
+        entropy: per token, nats; needed with entropy_coef or top_entropy_quantile, else for the metric only.
+        importance_ratio: constant factor of the policy term (rollout-mismatch correction), `(B, T)` or `(B, 1)`.
+        sampling_logps: logps given by the rollout engine, for the off-policy mask; NaN counts as no difference.
+        normalizer: denominator of the aggregation (its meaning is the loss type's, see `PolicyObjective`). The losses of
+            micro-batches that share the whole batch's normalizer add up to the whole batch's loss. None: this batch's own.
+        entropy_normalizer: tokens over which the bonus averages the entropy. None: this batch's own.
+
+    Raises:
+        ValueError: a wrong shape, or a missing input that the objective needs.
+    """
+    if logps.ndim != 2:
+        raise ValueError(f"logps: expected shape (B, T), got {tuple(logps.shape)}")
+    tokens, mask = _check(logps.shape, logps.dtype, logps.device, advantages, mask, old_logps, ref_logps, importance_ratio)
+    tokens = replace(tokens, logps=logps, entropy=entropy, mask=mask)
+    weights = objective.token_weights(mask, normalizer, logps.dtype)
+    live = objective.live_tokens(advantages=advantages, mask=mask, importance_ratio=importance_ratio)
+    return _evaluate(objective, tokens, mask, live, weights, sampling_logps, entropy_normalizer)
+
+
+def _evaluate(
+    objective: PolicyObjective,
+    tokens: TokenBatch,  # (B, T), with the mask of scored tokens
+    mask: Tensor,  # (B, T): tokens that count
+    live: Tensor,  # (B, T)
+    weights: Tensor,  # (B, T)
+    sampling_logps: Tensor | None,
+    entropy_normalizer: Tensor | float | None,
+) -> LossOutput:
+    scored = tokens.mask
+    assert scored is not None  # both callers set it
+
+    def clean(x: Tensor | None) -> Tensor | None:  # so that 0 * inf can't happen, in values and in gradients
+        if x is None:
+            return None
+        return torch.where(scored, x, 0.0) if x.shape == scored.shape else x
+
+    tokens = TokenBatch(*(clean(getattr(tokens, f.name)) for f in fields(tokens) if f.name != "mask"), mask=scored)  # type: ignore[arg-type]
+    bonus_mask = scored
+    if objective.top_entropy_quantile < 1:
+        bonus_mask = _top_entropy(_needed(tokens.entropy, "entropy", "top_entropy_quantile"), scored, objective)
+        tokens = replace(tokens, gate=_times(tokens.gate, bonus_mask.to(tokens.logps.dtype)))
+    if objective.off_policy_mask_threshold is not None:
+        keep = _on_policy(tokens, clean(sampling_logps), objective.off_policy_mask_threshold)
+        tokens = replace(tokens, gate=_times(tokens.gate, keep.to(tokens.logps.dtype)))
+    policy = torch.where(scored, objective.token_loss(tokens) * weights, 0.0).sum()
+    metrics = objective.metrics(tokens, mask, live)
+    metrics["policy_loss"] = policy.detach()
+    bonus_weights = objective.entropy_weights(bonus_mask, entropy_normalizer, tokens.logps.dtype)
+    loss = policy
+    if bonus_weights is not None:
+        loss = policy - (_needed(tokens.entropy, "entropy", "entropy_coef") * bonus_weights).sum()
+    return LossOutput(loss, tokens.logps.detach(), metrics)
+
+
+# The fused form -----------------------------------------------------------------------------------------------------
+
+
+def linear_policy_loss(
+    hidden: Tensor,  # (B, T, D)
+    weight: Tensor,  # (V, D)
+    ids: Tensor,  # (B, T)
+    objective: PolicyObjective,
+    *,
+    advantages: Tensor,  # (B,) or (B, T)
+    mask: Tensor,  # (B, T)
+    old_logps: Tensor | None = None,  # (B, T)
+    ref_logps: Tensor | None = None,  # (B, T)
+    importance_ratio: Tensor | None = None,  # (B, T) or (B, 1)
+    sampling_logps: Tensor | None = None,  # (B, T)
+    normalizer: Tensor | float | None = None,
+    entropy_normalizer: Tensor | float | None = None,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    score_dead: bool = False,
+    tp_group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> LossOutput:
+    """The policy loss straight from hidden states and the LM head; the logits are never built.
+
+    Eager equivalent: `policy_loss(linear_logprobs(hidden, weight, ids).logps, objective, ...)`.
+
+    A token-local objective takes a single pass: each chunk of live rows is projected, its coefficients come from
+    `objective.token_loss`, and its gradients are finished before the next chunk: 6lNDV FLOPs, l being the share of live
+    tokens (`PolicyObjective.live_tokens`; dead ones cost nothing, or 2NDV more with score_dead). Otherwise (sequence
+    ratio, off-policy mask, entropy quantile) it is `linear_logprobs` and `policy_loss`: (2 + 6l)NDV. Without a gradient
+    (`torch.no_grad`) only the 2NDV of the logits are spent; a frozen weight has no dW, neither time nor memory.
+
+    Beside inputs and gradients it holds one tile of logits: `fastrl_kernels.engine.TILE_BYTES`, 48 MiB on the CPU and
+    512 MiB on a GPU, but at least 128 rows; for a half-precision weight also dW in fp32. The gradients are made in the
+    forward; the first backward scales them in place and hands them over (a second one, after retain_graph, computes
+    them again).
+
+    Args:
+        hidden: `(B, T, D)`, fp32, fp64, bf16 or fp16: `hidden[b, t]` scores `ids[b, t]`.
+        weight: `(V, D)` LM head; bias: `(V,)`; temperature, logit_scale, softcap, tp_group, backend: see
+            `linear_logprobs`.
+        ids: `(B, T)` integers in `[0, V)` where the mask is set, anything elsewhere.
+        score_dead: also score tokens that carry no gradient. Otherwise their logps are 0 and they do not enter the
+            entropy metric.
+        The rest: see `policy_loss`.
+
+    Returns:
+        LossOutput: loss (fp32, or fp64 for fp64 inputs); logps `(B, T)`, detached; metrics.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `linear_logprobs` and `policy_loss`.
+    """
+    if hidden.ndim != 3:
+        raise ValueError(f"hidden: expected shape (B, T, D), got {tuple(hidden.shape)}")
+    validation.check_weight(weight, bias, hidden)
+    validation.check_ids(ids, tuple(hidden.shape[:-1]), hidden.device)
+    hidden, weight, bias = harmonize(hidden, weight, bias)
+    shape, device = ids.shape, hidden.device
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    tokens, mask = _check(shape, dtype, device, advantages, mask, old_logps, ref_logps, importance_ratio)
+    weights = objective.token_weights(mask, normalizer, dtype)
+    live = objective.live_tokens(advantages=advantages, mask=mask, importance_ratio=importance_ratio)
+    name = backends.choose(backend, device)
+    head = {"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+
+    if not objective.token_local or name == "reference":
+        scored = live
+        if score_dead or objective.top_entropy_quantile < 1:
+            scored = mask
+        elif not objective.token_local:  # a live token needs its whole sequence
+            scored = live.any(-1, keepdim=True) & mask
+        stats = linear_logprobs(
+            hidden, weight, ids, mask=scored, entropy=True, tp_group=tp_group, backend=backend,
+            **head,  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert stats.entropy is not None
+        entropy = stats.entropy if objective.entropy_coef != 0 else stats.entropy.detach()
+        tokens = replace(tokens, logps=stats.logps, entropy=entropy, mask=scored)
+        return _evaluate(objective, tokens, mask, live, weights, sampling_logps, entropy_normalizer)
+
+    transform = LogitTransform(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
+    bonus = objective.entropy_weights(mask, entropy_normalizer, dtype)
+    grad = torch.is_grad_enabled()
+    needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.expand(shape).reshape(-1)
+
+    loss, logps, entropy, *_ = ops.linear_policy_loss(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, ids.reshape(-1).to(torch.int64), live.reshape(-1),
+        (mask & ~live).reshape(-1) if score_dead else None, weights.reshape(-1), flat(bonus), flat(tokens.advantages),
+        flat(tokens.old_logps), flat(tokens.ref_logps), flat(tokens.gate), objective.handle, True, *needs,  # type: ignore[attr-defined]
+        transform.temperature, transform.logit_scale, transform.softcap, name,
+        "" if tp_group is None else tp_group.group_name,
+    )  # fmt: skip
+    logps, entropy = logps.view(shape).detach(), entropy.view(shape).detach()
+    tokens = replace(tokens, logps=logps, entropy=entropy, mask=mask if score_dead else live)
+    metrics = objective.metrics(tokens, mask, live)
+    policy = loss.detach()
+    metrics["policy_loss"] = policy if bonus is None else policy + (entropy * bonus).sum()
+    return LossOutput(loss, logps, metrics)
+
+
+# Pieces -------------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    advantages: Tensor,
+    mask: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    importance_ratio: Tensor | None,
+) -> tuple[TokenBatch, Tensor]:
+    """The constants of a batch, checked and cast (logps stand in by advantages until they are known), and its mask."""
+    b, t = shape
+    checked = validation.check_mask(mask, (b, t), device)
+    if checked is None:
+        raise ValueError("mask: expected a (B, T) tensor, got None")
+    if advantages.shape not in ((b,), (b, t)):
+        raise ValueError(f"advantages: expected shape ({b},) or ({b}, {t}), got {tuple(advantages.shape)}")
+    for name, x in (("old_logps", old_logps), ("ref_logps", ref_logps)):
+        if x is not None:
+            validation.check_shape(name, x, (b, t), "one per token, as logps and ids")
+    if importance_ratio is not None and importance_ratio.shape not in ((b, t), (b, 1)):
+        raise ValueError(f"importance_ratio: expected shape ({b}, {t}) or ({b}, 1), got {tuple(importance_ratio.shape)}")
+    inputs = {"advantages": advantages, "old_logps": old_logps, "ref_logps": ref_logps, "importance_ratio": importance_ratio}
+    for name, x in inputs.items():
+        if x is not None:
+            validation.check_device(name, x, device)
+
+    def constant(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().to(dtype)
+
+    adv = _per_token(advantages).detach().to(dtype)
+    return TokenBatch(adv, None, adv, constant(old_logps), constant(ref_logps), constant(importance_ratio)), checked
+
+
+def _per_token(advantages: Tensor) -> Tensor:
+    return advantages.unsqueeze(-1) if advantages.ndim == 1 else advantages
+
+
+def _needed(x: Tensor | None, name: str, by: str) -> Tensor:
+    if x is None:
+        raise ValueError(f"{name}: needed by {by}")
+    return x
+
+
+def _times(gate: Tensor | None, factor: Tensor) -> Tensor:
+    return factor if gate is None else gate * factor
+
+
+def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def _masked_mean_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return x.mean(-1)
+    return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def _nan_max(x: Tensor) -> Tensor:
+    """Maximum of the entries that are not NaN; NaN where there is none."""
+    if x.numel() == 0:
+        return x.new_full((), torch.nan)
+    most = torch.where(x.isnan(), -torch.inf, x).amax()
+    return torch.where(x.isnan().all(), torch.nan, most)
+
+
+def _top_entropy(entropy: Tensor, mask: Tensor, objective: PolicyObjective) -> Tensor:
+    """Tokens of the mask whose entropy is at least the (1 - rho) quantile (linear, in fp32, as TRL) over the mask."""
+    values = torch.where(mask, entropy.detach().float(), torch.nan).flatten()
+    threshold = torch.nanquantile(values, 1 - objective.top_entropy_quantile)
+    return mask & (entropy.detach() >= threshold)
+
+
+def _on_policy(tokens: TokenBatch, sampling_logps: Tensor | None, threshold: float) -> Tensor:
+    """Where the policy term stays: advantage not negative, or the sequence's mean log-ratio within the threshold."""
+    logps = tokens.logps.detach()
+    behaviour = tokens.old_logps if sampling_logps is None else sampling_logps
+    drift = torch.zeros_like(logps) if behaviour is None else torch.nan_to_num(behaviour - logps, nan=0.0)
+    return (tokens.advantages >= 0) | (_masked_mean_rows(drift, tokens.mask).unsqueeze(-1) <= threshold)

@@ -1,0 +1,66 @@
+"""Checks of what a user passed: each raises an error that names the argument, its shape and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected one of {', '.join(str(d) for d in FLOATS)}, got {x.dtype}")
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)} ({meaning}), got {tuple(x.shape)}")
+
+
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: expected on {device}, where hidden (or logits) is, got {x.device}")
+
+
+def check_ids(ids: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """ids: integers aligned with the rows. Their range is checked where the rows are selected (`ops._select`)."""
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise TypeError(f"ids: expected integers, got {ids.dtype}")
+    check_shape("ids", ids, shape, "one token per row; ids[i] is scored by row i, nothing is shifted here")
+    check_device("ids", ids, device)
+
+
+def check_mask(mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """The mask as booleans (nonzero counts), or None."""
+    if mask is None:
+        return None
+    check_shape("mask", mask, shape, "one entry per token")
+    check_device("mask", mask, device)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def check_weight(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> None:
+    """weight (V, D) and bias (V,) against hidden (..., D), and that the weight is really there."""
+    check_floating("hidden", hidden)
+    if hidden.ndim < 1:
+        raise ValueError("hidden: expected shape (..., D), got a scalar")
+    if type(weight).__name__ == "DTensor" or hasattr(weight, "ds_id"):
+        sharded = "a DTensor" if type(weight).__name__ == "DTensor" else "a ZeRO-3 parameter"
+        if type(weight).__name__ == "DTensor" or weight.numel() == 0:
+            raise ValueError(
+                f"weight: {sharded} is sharded outside its module's forward. Compute the loss inside the model's forward "
+                "(fastrl.patch_model does), or gather it first (weight.full_tensor(), or "
+                "deepspeed.zero.GatheredParameters)."
+            )
+    check_floating("weight", weight)
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        hint = " (a size of 0 means that ZeRO-3 or FSDP holds it elsewhere)" if weight.numel() == 0 else ""
+        raise ValueError(
+            f"weight: expected shape (V, {hidden.shape[-1]}) for hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}{hint}"
+        )
+    check_device("weight", weight, hidden.device)
+    if bias is not None:
+        check_floating("bias", bias)
+        check_shape("bias", bias, (weight.shape[0],), "one entry per vocabulary row of weight")
+        check_device("bias", bias, hidden.device)
