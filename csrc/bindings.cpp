@@ -1,6 +1,7 @@
 // The extension fastrl_kernels._C: pointers and sizes in, nothing of torch. Every argument was validated in Python
 // (fastrl_kernels/cpu.py), which also keeps the tensors alive during the call.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <stdexcept>
