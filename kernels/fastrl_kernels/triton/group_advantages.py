@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl_kernels.head import accumulation_dtype
 from fastrl_kernels.triton.launch import GROUP_CONFIG, launch_device, vector
 
 
@@ -104,7 +105,8 @@ def group_advantages(
     """Advantages of rewards against their group: `(r - baseline) / (std + eps)`.
 
     Args:
-        rewards: (B,) fp32 or fp64; NaN means no reward: it counts in no statistic and its advantage is 0.
+        rewards: (B,) floating (computed in fp32, fp64 for fp64); NaN means no reward: it counts in no statistic and its
+            advantage is 0.
         group_ids: (B,) int64, any values in any order; equal ids form a group.
         baseline: "mean" (of the group) or "leave_one_out" (mean of the group's other members).
         scale: "group" or "batch" (divide by that standard deviation, with Bessel's correction, plus eps) or "none".
@@ -117,23 +119,24 @@ def group_advantages(
         TypeError, ValueError: a dtype, shape, device, layout or option other than the above.
         RuntimeError: CPU tensors outside Triton's interpreter.
     """
-    if rewards.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"rewards must be torch.float32 or torch.float64, got {rewards.dtype}")
+    if not rewards.dtype.is_floating_point:
+        raise TypeError(f"rewards must be of a floating dtype, got {rewards.dtype}")
     if rewards.dim() != 1:
         raise ValueError(f"rewards must have shape (B,), got {tuple(rewards.shape)}")
     count = rewards.shape[0]
+    rewards_ = vector("rewards", rewards, count, rewards.device, accumulation_dtype(rewards.dtype))
     group_ids_ = vector("group_ids", group_ids, count, rewards.device, torch.int64)
     if baseline not in ("mean", "leave_one_out"):
         raise ValueError(f'baseline must be "mean" or "leave_one_out", got {baseline!r}')
     if scale not in ("group", "batch", "none"):
         raise ValueError(f'scale must be "group", "batch" or "none", got {scale!r}')
-    advantages = torch.empty(count, dtype=rewards.dtype, device=rewards.device)
+    advantages = torch.empty(count, dtype=accumulation_dtype(rewards.dtype), device=rewards.device)
     if count == 0:
-        return advantages
+        return advantages.to(rewards.dtype)
     config = GROUP_CONFIG
     with launch_device(group_advantages_fwd_kernel, rewards, "rewards"):
         group_advantages_fwd_kernel[(triton.cdiv(count, config.block_rows),)](
-            rewards.contiguous(),
+            rewards_,
             group_ids_,
             advantages,
             count,
@@ -145,4 +148,4 @@ def group_advantages(
             num_warps=config.num_warps,
             enable_fp_fusion=False,
         )
-    return advantages
+    return advantages.to(rewards.dtype)
