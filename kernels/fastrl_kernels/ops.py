@@ -13,7 +13,7 @@ from . import backends, engine
 from .engine import Gradients, Head, Needs, Rows
 from .head import LogitTransform, RowStats, accumulation_dtype
 from .objective import TokenBatch, coefficients, find_objective
-from .tensor_parallel import shard_start
+from .shards import shard_start
 
 
 def _head(

@@ -1,0 +1,56 @@
+"""Statistics of rows whose vocabulary comes in pieces: blocks of one weight, or the shards of a process group.
+
+In a group each rank holds some rows of the head's weight, of any number, in rank order (Megatron's vocabulary
+parallelism); only (n,) vectors are exchanged.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .head import RowStats
+
+
+def merge_stats(pieces: Tensor) -> RowStats:
+    """Statistics over the whole vocabulary from those of its pieces, `(3 or 4, pieces, n)` in the order of RowStats.
+
+    With w_s the probability mass of piece s, H = sum_s w_s (H_s - log w_s): the pieces' supports are disjoint.
+    """
+    row_max = pieces[0].amax(0)
+    # A piece whose logits are all -inf adds nothing (both its max and its log-sum are -inf), unless all pieces are so:
+    # that is NaN, as in log_softmax.
+    empty = (pieces[0] == -torch.inf) & (pieces[1] == -torch.inf)
+    log_mass = torch.where(empty & (row_max != -torch.inf), -torch.inf, (pieces[0] - row_max) + pieces[1])
+    peak = log_mass.amax(0)
+    log_sum = peak + (log_mass - peak).exp().sum(0).log()
+    log_share = log_mass - log_sum
+    taken = torch.where(empty, -torch.inf, pieces[2] + log_share).amax(0)  # -inf in every piece but the token's own
+    taken = torch.where(log_sum.isnan(), log_sum, taken)
+    if pieces.shape[0] == 3:
+        return RowStats(row_max, log_sum, taken, None)
+    share = log_share.exp()
+    entropy = torch.where(share == 0, 0.0, share * (pieces[3] - log_share)).sum(0)
+    return RowStats(row_max, log_sum, taken, entropy)
+
+
+def stack_stats(stats: RowStats) -> Tensor:
+    """`(3 or 4, n)`: the statistics as rows of one tensor."""
+    return torch.stack([x for x in stats if x is not None])
+
+
+def shard_start(weight: Tensor, group: dist.ProcessGroup) -> tuple[int, int]:
+    """Vocabulary id of this rank's first row of the weight, and the size of the whole vocabulary."""
+    sizes = [torch.zeros(1, dtype=torch.int64, device=weight.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([weight.shape[0]], device=weight.device), group=group)
+    counts = [int(size) for size in sizes]
+    return sum(counts[: dist.get_rank(group)]), sum(counts)
+
+
+def combine_shards(stats: RowStats, group: dist.ProcessGroup) -> RowStats:
+    """Statistics over the whole vocabulary from each rank's own; the same bits on every rank."""
+    local = stack_stats(stats)
+    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, local, group=group)
+    return merge_stats(torch.stack(gathered, 1))
