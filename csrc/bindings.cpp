@@ -2,6 +2,7 @@
 // (fastrl_kernels/cpu.py), which also keeps the tensors alive during the call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <stdexcept>

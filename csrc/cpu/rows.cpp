@@ -13,6 +13,7 @@ namespace fastrl {
 namespace {
 
 constexpr int64_t kBlock = 2048;  // columns held in L1 between the maximum and the sum
+constexpr int64_t kStrip = 256;   // columns summed in A before they enter the double: bounds the rounding of long rows
 
 struct BFloat16 {
   uint16_t bits;
@@ -95,16 +96,19 @@ void stats_rows(const StatsArgs& a, int64_t begin, int64_t end) {
       // While every logit so far is -inf, shifting by 0 keeps -inf - (-inf) = NaN out of the sums; a NaN logit still
       // arrives there through exp.
       const A shift = row_max == neg_inf ? A(0) : row_max;
-      A block_sum = 0, block_weighted = 0;
-#pragma omp simd reduction(+ : block_sum, block_weighted)
-      for (int64_t j = 0; j < size; ++j) {
-        const A d = block[j] - shift;
-        const A e = exp_of(d);
-        block_sum += e;
-        block_weighted += e * (d < A(-1e30) ? A(-1e30) : d);
+      for (int64_t strip = 0; strip < size; strip += kStrip) {
+        const int64_t strip_end = size - strip < kStrip ? size : strip + kStrip;
+        A strip_sum = 0, strip_weighted = 0;
+#pragma omp simd reduction(+ : strip_sum, strip_weighted)
+        for (int64_t j = strip; j < strip_end; ++j) {
+          const A d = block[j] - shift;
+          const A e = exp_of(d);
+          strip_sum += e;
+          strip_weighted += e * (d < A(-1e30) ? A(-1e30) : d);
+        }
+        sum += strip_sum;
+        weighted += strip_weighted;
       }
-      sum += block_sum;
-      weighted += block_weighted;
     }
     const A log_sum = static_cast<A>(log(sum));
     static_cast<A*>(a.row_max)[row] = row_max;
