@@ -119,7 +119,7 @@ def _generator(task: str, config: str) -> ProceduralDataset:
     except ModuleNotFoundError as error:
         raise ImportError(f"reasoning-gym prompts need {error.name}; get it with: {REASONING_GYM_INSTALL}") from error
 
-    from fastrl.data.suggestions import did_you_mean
+    from fastrl.suggestions import did_you_mean
 
     if task not in DATASETS:
         raise TaskError(f"unknown reasoning-gym task {task!r}{did_you_mean(task, DATASETS)}")

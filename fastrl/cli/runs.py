@@ -1,0 +1,95 @@
+"""Where a run starts: afresh, or at the newest complete checkpoint of an output folder; nothing is lost silently."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fastrl.cli.errors import UserError
+from fastrl.trainers.checkpointing import newest_complete
+
+_CHECKPOINT = re.compile(r"(\.replaced-)?checkpoint-\d+")
+_MODEL_FILES = ("config.json", "adapter_config.json")
+# What of a checkpoint only a trainer reads.
+_TRAINER_FILES = re.compile(r"(optimizer|scheduler|scaler|rng_state|(\d+_)?fastrl_|training_args).*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """How a run begins: `checkpoint` is None for a fresh one; `message` says it in a line."""
+
+    checkpoint: Path | None
+    message: str
+
+
+def choose_start(output_dir: str | Path, *, resume: bool, fresh: bool) -> Start:
+    """Decide where a run in `output_dir` begins.
+
+    Without `resume` and `fresh`, a folder that already holds a run is refused. `resume` takes the newest complete
+    checkpoint; `fresh` renames the folder to `<output_dir>.1` (or .2, ...) first.
+
+    Raises:
+        UserError: the folder holds a run and neither was asked for, both were, or the path is a file.
+    """
+    folder = Path(output_dir)
+    if resume and fresh:
+        raise UserError("--resume and --fresh exclude each other")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {folder} is a file")
+    if not holds_run(folder):
+        note = f" (nothing to resume in {folder})" if resume else ""
+        return Start(None, f"starting a new run in {folder}{note}")
+    if fresh:
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        return Start(None, f"starting a new run in {folder}; the earlier one is now {aside}")
+    if not resume:
+        raise UserError(
+            f"output_dir {folder} already holds a run: continue it with --resume, start over with --fresh "
+            "(keeps the earlier run under another name), or choose another --output_dir"
+        )
+    checkpoint = newest_complete(folder)  # warns of each that it passes over
+    if checkpoint is None:
+        return Start(None, f"no complete checkpoint in {folder}: starting the run again from its first step")
+    return Start(Path(checkpoint), f"resuming from {checkpoint}")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint, complete or not, or the result of a run."""
+    if not folder.is_dir():
+        return False
+    return any(_CHECKPOINT.fullmatch(path.name) for path in folder.iterdir()) or has_model(folder)
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a run's result, a model or an adapter, was saved here whole: its state is written last."""
+    return (folder / "trainer_state.json").exists() and any((folder / name).exists() for name in _MODEL_FILES)
+
+
+def read_trainer_state(folder: Path) -> dict[str, Any]:
+    """The content of a folder's trainer_state.json: step, number of steps, and the history of the metrics.
+
+    Raises:
+        UserError: there is none, or it is not valid JSON.
+    """
+    path = folder / "trainer_state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {error}") from error
+    if not isinstance(state, dict) or "global_step" not in state:
+        raise UserError(f"{path} is not the state of a run")
+    return state
+
+
+def complete_from_checkpoint(folder: Path, checkpoint: Path) -> None:
+    """Put the model of the last checkpoint into a run's folder: for a run that was killed before it saved its result."""
+    for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == "trainer_state.json"):
+        if path.is_file() and not _TRAINER_FILES.fullmatch(path.name):
+            shutil.copyfile(path, folder / path.name)

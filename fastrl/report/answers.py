@@ -1,0 +1,119 @@
+"""Greedy answers to held-out prompts by two models, with their rewards, as a Markdown table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+
+from fastrl.rollout import SamplingParams, TransformersEngine
+from fastrl.trainers.model_setup import special_tokens
+from fastrl.trainers.prompts import Example, decode_completions, tokenize_prompts
+from fastrl.trainers.reward_runner import RewardRunner
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of one model: texts, and the weighted sum of the rewards of each (NaN: no function gave one)."""
+
+    texts: list[str]
+    rewards: list[float]
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean over the prompts that got a reward; NaN if none did."""
+        scored = [reward for reward in self.rewards if not math.isnan(reward)]
+        return sum(scored) / len(scored) if scored else math.nan
+
+
+class Generated(NamedTuple):
+    """What `generate` returns, B entries each."""
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    texts: list[str]
+    rewards: Tensor  # (B, F) fp32, NaN: no reward
+
+
+def load_model(path: str, **init: Any) -> PreTrainedModel:
+    """A causal LM in eval mode, from a folder with weights or with a PEFT adapter (whose base model is then loaded)."""
+    return AutoModelForCausalLM.from_pretrained(path, **init).eval()
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    reward_funcs: Sequence[Callable[..., Any]],
+    sampling: SamplingParams,
+    *,
+    num_generations: int = 1,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Generated:
+    """Completions of the column `prompt` of `rows`, `num_generations` each, and their rewards, as a trainer does it.
+
+    Raises:
+        ValueError: a prompt that is neither text nor a conversation, or a reward function that fails.
+    """
+    examples = [Example(index, dict(row)) for index, row in enumerate(rows)]
+    prompts, conversational = tokenize_prompts(examples, tokenizer, "rows", chat_template_kwargs or {}, None)
+    pad_token_id, eos_token_ids = special_tokens(tokenizer, model)
+    engine = TransformersEngine(model, eos_token_ids=eos_token_ids, pad_token_id=pad_token_id)
+    completions = engine.generate(prompts, num_generations, sampling).ids
+    repeated = [example.row for example in examples for _ in range(num_generations)]
+    rewards = RewardRunner(list(reward_funcs))(
+        prompts=[row["prompt"] for row in repeated],
+        completions=decode_completions(completions, tokenizer, conversational),
+        completion_ids=completions,
+        columns={name: [row[name] for row in repeated] for name in rows.column_names if name != "prompt"},
+        trainer_state=TrainerState(),
+    )
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return Generated([ids for ids in prompts for _ in range(num_generations)], completions, texts, rewards)
+
+
+def greedy_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    reward_funcs: Sequence[Callable[..., Any]],
+    max_tokens: int,
+    *,
+    weights: Sequence[float] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Answers:
+    """Greedy completions of the column `prompt` of `rows`, and their weighted rewards."""
+    greedy = SamplingParams(max_tokens=max_tokens, engine_kwargs={"do_sample": False})
+    made = generate(model, tokenizer, rows, reward_funcs, greedy, chat_template_kwargs=chat_template_kwargs)
+    factors = torch.tensor(list(weights) if weights is not None else [1.0] * made.rewards.shape[1])
+    total = (made.rewards * factors).nansum(1).masked_fill(made.rewards.isnan().all(1), math.nan)
+    return Answers(made.texts, total.tolist())
+
+
+def answers_table(prompts: Sequence[Any], before: Answers, after: Answers, *, shown: int | None = None) -> str:
+    """Markdown: one line per prompt with both answers and rewards, and the mean rewards over all prompts."""
+    lines = ["| prompt | before | reward | after | reward |", "|---|---|---:|---|---:|"]
+    for index, prompt in enumerate(prompts[:shown]):
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        lines.append(
+            f"| {_cell(question)} | {_cell(before.texts[index])} | {before.rewards[index]:g} "
+            f"| {_cell(after.texts[index])} | {after.rewards[index]:g} |"
+        )
+    count = len(prompts)
+    lines.append("")
+    lines.append(
+        f"Mean reward of the greedy answers to {count} prompts: "
+        f"{before.mean_reward:.2f} before, {after.mean_reward:.2f} after."
+    )
+    return "\n".join(lines)
+
+
+def _cell(text: str, limit: int = 100) -> str:
+    line = " ".join(text.split()).replace("|", "\\|")
+    return line if len(line) <= limit else line[: limit - 1] + "…"
