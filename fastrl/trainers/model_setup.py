@@ -1,0 +1,120 @@
+"""What a trainer is given, made ready: the model (by path or object, under PEFT or not), its tokenizer and its
+reference."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_peft_available, logging
+
+logger = logging.get_logger(__name__)
+
+
+def load_model(model: str | nn.Module, model_init_kwargs: dict[str, Any] | None, trust_remote_code: bool) -> Any:
+    """The model itself, or the one `AutoModelForCausalLM` finds at a path or hub id.
+
+    Raises:
+        TypeError: neither a path nor a transformers or PEFT model.
+    """
+    if isinstance(model, str):
+        return AutoModelForCausalLM.from_pretrained(
+            model, **{"trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
+        )
+    if not isinstance(model, PreTrainedModel) and not is_peft_model(model):
+        raise TypeError(f"model: expected a path or a transformers model, got {type(model).__name__}")
+    if model_init_kwargs:
+        raise ValueError("model_init_kwargs: only used with a model given by path, but the model is an object")
+    return model
+
+
+def load_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, model: nn.Module, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the one that lies with the model.
+
+    Raises:
+        TypeError: something else than a tokenizer (a multimodal processor, say).
+        ValueError: none given, and the model does not say where it came from.
+    """
+    if tokenizer is None:
+        path = getattr(model.config, "_name_or_path", "")
+        if not path:
+            raise ValueError(
+                "processing_class: needed, the model does not name a place that a tokenizer is loaded from"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"processing_class: expected a tokenizer, got {type(tokenizer).__name__} (multimodal processors are not "
+            "supported yet)"
+        )
+    return tokenizer
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> tuple[int, list[int]]:
+    """The padding id and every id that ends a completion: the tokenizer's and all that the model declares.
+
+    A tokenizer without a pad token gets its end-of-sequence token, as in TRL, or its token 0: padding is masked, so
+    any id will do. The model's configs are told, so that a saved model agrees with its tokenizer.
+    """
+    declared: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    own = tokenizer.eos_token_id
+    eos_token_ids = ([] if own is None or own in declared else [own]) + declared
+    if not eos_token_ids:
+        logger.warning("Neither the tokenizer nor the model has an end-of-sequence token: every completion is cut off.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    pad_token_id = int(tokenizer.pad_token_id)
+    model.config.get_text_config().pad_token_id = pad_token_id  # type: ignore[union-attr, operator]
+    model.generation_config.pad_token_id = pad_token_id  # type: ignore[union-attr]
+    return pad_token_id, eos_token_ids
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether the model is wrapped by PEFT."""
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    """The model under a new PEFT adapter.
+
+    Raises:
+        ImportError: peft is not installed. TypeError: not a PeftConfig. ValueError: the model already has an adapter.
+    """
+    if not is_peft_available():
+        raise ImportError("peft_config: peft is not installed; install it with `pip install peft`")
+    from peft import PeftConfig, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config: expected a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}")
+    if is_peft_model(model):
+        raise ValueError("peft_config: the model already has a PEFT adapter; merge it first, or leave peft_config out")
+    return get_peft_model(model, peft_config)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A reference: the model as it is now, in eval mode, without gradients."""
+    reference = copy.deepcopy(model).eval()
+    return reference.requires_grad_(False)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets the probability of every dropout module to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.AlphaDropout):
+            module.p = 0.0
+
+
+def fill_missing_gradients(model: nn.Module) -> None:
+    """Zeros for the trainable parameters without a gradient, so that an optimizer treats them as the eager loss would
+    have it: momentum decays and weight decay acts. Without a gradient AdamW would leave them alone."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)

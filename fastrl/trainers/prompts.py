@@ -1,0 +1,139 @@
+"""From the rows of a dataset to token ids, and from sampled ids back to what reward functions see.
+
+A prompt is a string, or a conversation: a list of messages with "role" and "content"."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from datasets import IterableDataset as StreamedDataset
+from torch.utils.data import Dataset, IterableDataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+class Example(NamedTuple):
+    """A row and its place in the dataset, which error messages name."""
+
+    position: int
+    row: dict[str, Any]
+
+
+class PromptDataset(Dataset[Example]):
+    """A map-style dataset of rows with a "prompt", checked.
+
+    Args:
+        rows: a `datasets.Dataset`, a list of dicts, or anything with `__len__` and `__getitem__` that gives dicts.
+        name: the argument it came as, for error messages.
+        only_prompt: drop the other columns.
+
+    Raises:
+        TypeError: a streamed dataset, or something that is not indexable.
+        ValueError: no rows, no "prompt" column, or a first prompt of a wrong type.
+    """
+
+    def __init__(self, rows: Any, name: str, only_prompt: bool = False) -> None:
+        if isinstance(rows, StreamedDataset | IterableDataset):
+            raise TypeError(f"{name}: streamed (iterable) datasets are not supported yet, pass a datasets.Dataset")
+        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+            raise TypeError(f"{name}: expected a datasets.Dataset or a list of rows, got {type(rows).__name__}")
+        if len(rows) == 0:
+            raise ValueError(f"{name}: the dataset is empty")
+        self.rows, self.name, self.only_prompt = rows, name, only_prompt
+        first = rows[0]
+        columns = getattr(rows, "column_names", None) or (list(first) if isinstance(first, Mapping) else None)
+        if columns is None:
+            raise TypeError(f"{name}: expected rows that are dicts, got {type(first).__name__}")
+        if "prompt" not in columns:
+            raise ValueError(f"{name}: no column 'prompt'; it has {', '.join(map(repr, columns))}")
+        is_conversation(self[0], name)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[index]
+        return Example(index, {"prompt": row["prompt"]} if self.only_prompt else dict(row))
+
+
+def is_conversation(example: Example, name: str) -> bool:
+    """Whether a prompt is a conversation.
+
+    Raises:
+        ValueError: it is neither a string nor a conversation; the message names the row.
+    """
+    prompt = example.row.get("prompt")
+    if isinstance(prompt, str):
+        return False
+    messages = isinstance(prompt, Sequence) and len(prompt) > 0
+    if messages and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in prompt):  # type: ignore[union-attr]
+        return True
+    shown = repr(prompt)
+    raise ValueError(
+        f"{name}: the prompt of row {example.position} is {type(prompt).__name__} "
+        f"{shown if len(shown) <= 60 else shown[:57] + '...'}; expected a string, or a list of messages with 'role' "
+        "and 'content'"
+    )
+
+
+def tokenize_prompts(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    chat_template_kwargs: Mapping[str, Any],
+    context_length: int | None,
+) -> tuple[list[list[int]], bool]:
+    """Token ids of each prompt, and whether they are conversations.
+
+    Strings are tokenized with the tokenizer's own special tokens; conversations go through its chat template, with a
+    generation prompt.
+
+    Raises:
+        ValueError: prompts of both kinds in one batch, no chat template, a prompt of no tokens, or one that leaves no
+            room in the model's context; the message names the row.
+    """
+    kinds = [is_conversation(example, name) for example in examples]
+    if any(kinds) and not all(kinds):
+        odd = examples[kinds.index(not kinds[0])]
+        raise ValueError(
+            f"{name}: strings and conversations are mixed: row {odd.position} differs from row {examples[0].position}"
+        )
+    prompts = [example.row["prompt"] for example in examples]
+    if kinds[0]:
+        if tokenizer.chat_template is None:
+            raise ValueError(f"{name}: the prompts are conversations, but the tokenizer has no chat template")
+        ids: Any = tokenizer.apply_chat_template(
+            [list(prompt) for prompt in prompts],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **chat_template_kwargs,
+        )
+        ids = ids["input_ids"]
+    else:
+        ids = tokenizer(text=prompts)["input_ids"]
+    for example, prompt in zip(examples, ids, strict=True):
+        if not prompt:
+            raise ValueError(f"{name}: the prompt of row {example.position} has no tokens")
+        if context_length is not None and len(prompt) >= context_length:
+            raise ValueError(
+                f"{name}: the prompt of row {example.position} has {len(prompt)} tokens, which leaves no room for a "
+                f"completion in the model's context of {context_length}"
+            )
+    return [list(prompt) for prompt in ids], kinds[0]
+
+
+def decode_completions(
+    completion_ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, conversational: bool
+) -> list[Any]:
+    """What reward functions get: strings, or for conversations `[{"role": "assistant", "content": string}]`."""
+    texts = tokenizer.batch_decode([list(ids) for ids in completion_ids], skip_special_tokens=True)
+    return [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+
+
+def context_length_of(config: PretrainedConfig) -> int | None:
+    """Positions the model can attend to, or None where its config does not say."""
+    config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
