@@ -148,15 +148,15 @@ def coerce(value: Any, annotation: Any) -> Any:
             close = did_you_mean(str(value), [str(choice) for choice in arguments])
             raise ValueError(f"expected {_describe(annotation)}, got {value!r}{close}")
         fits = True
-    elif origin in (list, tuple, Sequence, dict, Mapping) or annotation in (list, tuple, dict):
-        container: type = dict if (origin or annotation) in (dict, Mapping) else list
-        if isinstance(value, container):
-            if container is dict:
-                item = arguments[1] if len(arguments) == 2 else Any
-                return {key: coerce(entry, item) for key, entry in value.items()}
-            item = arguments[0] if arguments else Any
-            entries = [coerce(entry, item) for entry in value]
-            return tuple(entries) if (origin or annotation) is tuple else entries
+    elif origin in (dict, Mapping) or annotation is dict:
+        if isinstance(value, dict):
+            item = arguments[1] if len(arguments) == 2 else Any
+            return {key: coerce(entry, item) for key, entry in value.items()}
+        fits = False
+    elif origin in (list, tuple, Sequence) or annotation in (list, tuple):
+        if isinstance(value, list):
+            entries = [coerce(entry, arguments[0] if arguments else Any) for entry in value]
+            return tuple(entries) if tuple in (origin, annotation) else entries
         fits = False
     elif annotation is bool:
         fits = isinstance(value, bool)
@@ -226,7 +226,7 @@ def _describe(annotation: Any) -> str:
         return "a mapping"
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return "one of " + ", ".join(repr(member.value) for member in annotation)
-    names = {
+    names: dict[Any, str] = {
         bool: "true or false",
         int: "a whole number",
         float: "a number",
@@ -236,7 +236,7 @@ def _describe(annotation: Any) -> str:
         dict: "a mapping",
         type(None): "null",
     }
-    return names.get(annotation) or getattr(annotation, "__name__", str(annotation))
+    return names.get(annotation) or str(getattr(annotation, "__name__", annotation))
 
 
 class _Loader(yaml.SafeLoader):
@@ -253,17 +253,14 @@ class _Loader(yaml.SafeLoader):
 
 
 # YAML 1.1, PyYAML's dialect, reads `no` as False (as in `save_strategy: no`) and `1e-5` as text.
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"), list("tTfF"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    _FLOAT,
     re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z"),
     list("-+0123456789."),
 )

@@ -175,12 +175,10 @@ def _print_self_test() -> Iterator[str]:
     from fastrl_kernels import backends
 
     tokens = _TOKENS // 8 * 8
-    print(
-        f"\nself-test: fused loss and gradients, {tokens} tokens, hidden {_HIDDEN}, vocabulary {_VOCABULARY}, against fp64"
-    )
-    print(
-        f"  {'backend':<10} {'dtype':<9} {'loss':>8} {'d hidden':>9} {'d weight':>9} {'eager':>8} {'time':>9} {'eager':>9}"
-    )
+    print("\nself-test: fused loss and its gradients against fp64, next to plain PyTorch in the same dtype")
+    print(f"  ({tokens} tokens, hidden {_HIDDEN}, vocabulary {_VOCABULARY}; errors relative to the largest fp64 entry)")
+    titles = ("loss", "d hidden", "d weight", "PyTorch")
+    print(f"  {'backend':<10} {'dtype':<9}", *(f"{title:>9}" for title in titles), f"{'time':>10} {'PyTorch':>9}")
     start = time.perf_counter()
     for name in [name for name, reason in backends.available().items() if reason is None]:
         for dtype in (torch.float32, torch.bfloat16):
@@ -191,13 +189,13 @@ def _print_self_test() -> Iterator[str]:
                 yield f"the self-test of {name} in {dtype} failed: {error}"
                 continue
             print(
-                f"  {name:<10} {check.dtype:<9} {check.loss_error:>8.0e} {check.hidden_error:>9.0e} "
-                f"{check.weight_error:>9.0e} {check.eager_error:>8.0e} {check.seconds * 1e3:>6.0f} ms "
+                f"  {name:<10} {check.dtype:<9} {check.loss_error:>9.0e} {check.hidden_error:>9.0e} "
+                f"{check.weight_error:>9.0e} {check.eager_error:>9.0e} {check.seconds * 1e3:>7.0f} ms "
                 f"{check.eager_seconds * 1e3:>6.0f} ms  {'ok' if check.passed else 'WRONG'}"
             )
             if not check.passed:
                 yield f"{name} in {check.dtype} is further from fp64 than {_TOLERANCE:.0f} times plain PyTorch"
-    print(f"  ({time.perf_counter() - start:.0f} s; errors are relative to the largest entry of the fp64 result)")
+    print(f"  took {time.perf_counter() - start:.0f} s")
 
 
 def _line(name: str, text: str) -> None:

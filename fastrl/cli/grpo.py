@@ -70,15 +70,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="file with the settings")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the newest complete checkpoint in output_dir"
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="start anew; an earlier run in output_dir is renamed first"
-    )
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue from output_dir's newest complete checkpoint")
+    parser.add_argument("--fresh", action="store_true", help="start anew; an earlier run in output_dir is renamed")
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
     parser.set_defaults(run=run, takes_overrides=True)
 
 
@@ -92,7 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     reward_funcs = _reward_funcs(script)
     from fastrl.cli.runs import choose_start, complete_from_checkpoint, has_model
 
-    start = choose_start(args.output_dir, resume=arguments.resume, fresh=arguments.fresh)
+    output_dir = Path(str(args.output_dir))
+    start = choose_start(output_dir, resume=arguments.resume, fresh=arguments.fresh)
     _say(start.message)
     dataset = load_splits(script)
     train_dataset = dataset[script.dataset_train_split]
@@ -101,15 +96,15 @@ def run(arguments: argparse.Namespace) -> int:
         _train(script, args, model_path, reward_funcs, dataset, start.checkpoint)
     else:
         _say("this run is finished: use --fresh to train anew, or a higher max_steps to train on")
-        if args.should_save and not has_model(Path(args.output_dir)):
-            complete_from_checkpoint(Path(args.output_dir), start.checkpoint)
+        if args.should_save and not has_model(output_dir):
+            complete_from_checkpoint(output_dir, start.checkpoint)
     if script.report and args.should_save:
         from fastrl.report import write_report
 
         gc.collect()  # the trainer's model, gradients and optimizer
         test = dataset.get(script.dataset_test_split, train_dataset)
         write_report(
-            Path(args.output_dir),
+            output_dir,
             base_model=model_path,
             args=args,
             reward_funcs=reward_funcs,

@@ -1,6 +1,7 @@
 """Entry point of `fastrl`: parses the subcommand and turns a user's mistake into one line on stderr.
 
-Exit codes: 0 success, 1 a failed check or an unexpected error (with its traceback), 2 a user's mistake, 130 interrupted.
+Exit codes: 0 success, 1 a failed check or an unexpected error (then with its traceback), 2 a user's mistake, 130
+interrupted.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def complete_from_checkpoint(folder: Path, checkpoint: Path) -> None:
-    """Put the model of the last checkpoint into a run's folder: for a run that was killed before it saved its result."""
+    """Put the last checkpoint's model into a run's folder, for a run that was killed before it saved its result."""
     for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == "trainer_state.json"):
         if path.is_file() and not _TRAINER_FILES.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)

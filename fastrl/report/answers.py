@@ -41,9 +41,10 @@ class Generated(NamedTuple):
     rewards: Tensor  # (B, F) fp32, NaN: no reward
 
 
-def load_model(path: str, **init: Any) -> PreTrainedModel:
+def load_model(path: str, dtype: str, device: torch.device | str) -> PreTrainedModel:
     """A causal LM in eval mode, from a folder with weights or with a PEFT adapter (whose base model is then loaded)."""
-    return AutoModelForCausalLM.from_pretrained(path, **init).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return model.to(device).eval()
 
 
 def generate(

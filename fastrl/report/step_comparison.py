@@ -1,7 +1,7 @@
 """One optimizer step on the same rollouts, three times: eager PyTorch, our loss, and our loss as the trainer uses it.
 
-Every side runs in a process of its own, so that no side inherits another's memory. Measured are the forward and backward
-of the model (the AdamW update is the same for all and left out). All sides score the completion tokens only:
+Every side runs in a process of its own, so that no side inherits another's memory. Measured are the forward and
+backward of the model (the AdamW update is the same for all and left out). All score the completion tokens only:
 
     eager    logits = hidden W^T of those tokens, log_softmax, gather, fastrl.policy_loss, autograd
     fused    fastrl.linear_policy_loss on the same hidden states, never building the logits
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,10 +79,8 @@ def run_side(
         raise ValueError(f"side: expected one of {', '.join(SIDES)}, got {side!r}")
     if objective.beta:
         raise ValueError("objective: a KL term needs a reference model, which this comparison does not load")
-    normalizers = {
-        "normalizer": _normalizer(objective, batch.completion_mask),
-        "entropy_normalizer": float(batch.completion_mask.sum()),
-    }
+    normalizer = _normalizer(objective, batch.completion_mask)
+    entropy_normalizer = float(batch.completion_mask.sum())
     if side == "trainer":
         live = objective.live_tokens(advantages=batch.advantages, mask=batch.completion_mask).any(1)
         batch = batch.select(live)
@@ -98,7 +96,7 @@ def run_side(
         laps.append(meter.lap())
         start = time.perf_counter()
         compute = _eager_loss if side == "eager" else _fused_loss
-        loss = compute(x, head, part, objective, temperature, normalizers)
+        loss = compute(x, head, part, objective, temperature, normalizer, entropy_normalizer)
         loss.backward()
         total += loss.item()  # waits for the device
         loss_seconds += time.perf_counter() - start
@@ -132,7 +130,8 @@ def _eager_loss(
     batch: Rollouts,
     objective: PolicyObjective,
     temperature: float,
-    normalizers: Mapping[str, float],
+    normalizer: float,
+    entropy_normalizer: float,
 ) -> Tensor:
     logits = hidden @ head.weight.T
     if head.bias is not None:
@@ -152,7 +151,8 @@ def _eager_loss(
         advantages=batch.advantages,
         mask=batch.completion_mask,
         entropy=entropy,
-        **normalizers,
+        normalizer=normalizer,
+        entropy_normalizer=entropy_normalizer,
     )
     return out.loss
 
@@ -163,7 +163,8 @@ def _fused_loss(
     batch: Rollouts,
     objective: PolicyObjective,
     temperature: float,
-    normalizers: Mapping[str, float],
+    normalizer: float,
+    entropy_normalizer: float,
 ) -> Tensor:
     out = linear_policy_loss(
         hidden,
@@ -176,7 +177,8 @@ def _fused_loss(
         logit_scale=head.logit_scale,
         softcap=head.softcap,
         temperature=temperature,
-        **normalizers,
+        normalizer=normalizer,
+        entropy_normalizer=entropy_normalizer,
     )
     return out.loss
 
@@ -291,8 +293,8 @@ def compare_step(
                 (folder / f"{side}.safetensors").unlink()
     sequences, prompt_width = batch.prompt_ids.shape
     shape = (
-        f"{sequences} sequences, prompts up to {prompt_width} tokens, completions up to {batch.completion_ids.shape[1]}, "
-        f"{int(batch.completion_mask.sum())} completion tokens, "
+        f"{sequences} sequences, prompts up to {prompt_width} tokens, completions up to "
+        f"{batch.completion_ids.shape[1]}, {int(batch.completion_mask.sum())} completion tokens, "
         f"{int((batch.advantages != 0).sum())} sequences with an advantage"
     )
     return StepComparison(measured, differences, shape)
@@ -327,7 +329,7 @@ def _run_in_this_process(settings_file: Path) -> None:
     settings = json.loads(settings_file.read_text())
     torch.set_num_threads(settings["threads"])
     device = torch.device(settings["device"])
-    model = load_model(settings["model"], dtype=settings["dtype"]).to(device)
+    model = load_model(settings["model"], settings["dtype"], device)
     model.train()
     batch = Rollouts(**load_file(settings_file.with_name("batch.safetensors"), device=str(device)))
     objective = PolicyObjective(**settings["objective"])

@@ -66,9 +66,8 @@ def write_report(
         say(reward_summary(history))
     if "answers" in parts:
         say(f"asking {len(rows)} held-out prompts before and after training")
-        before, after = (
-            _answers(path, base_model, args, reward_funcs, rows, dtype) for path in (base_model, str(source))
-        )
+        before = _answers(base_model, base_model, args, reward_funcs, rows, dtype)
+        after = _answers(str(source), base_model, args, reward_funcs, rows, dtype)
         table = answers_table(rows["prompt"], before, after)
         written.append(_write(folder / "answers.md", table))
         say(f"\n{table}\n")
@@ -89,7 +88,7 @@ def reward_summary(history: Sequence[dict[str, Any]], window: int = 5) -> str:
         return "no rewards were logged"
     width = min(window, len(rewards))
     first, last = sum(rewards[:width]) / width, sum(rewards[-width:]) / width
-    return f"mean reward: {first:.3f} over the first {width} logged steps, {last:.3f} over the last {width} (of {steps[-1]})"
+    return f"mean reward: {first:.3f} over the first {width} logged steps, {last:.3f} over the last {width}"
 
 
 def compare_on_fresh_rollouts(
@@ -105,7 +104,7 @@ def compare_on_fresh_rollouts(
     The batch has the shape of the run's own. A KL term, which would need the reference model, is left out.
     """
     tokenizer = AutoTokenizer.from_pretrained(base_model)
-    model = load_model(model_path, dtype=dtype).to(args.device)
+    model = load_model(model_path, dtype, args.device)
     count = int(args.num_generations or 1)
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps
     prompts = max(1, sequences // count)
@@ -153,7 +152,7 @@ def _answers(
     dtype: str,
 ) -> Answers:
     tokenizer = AutoTokenizer.from_pretrained(base_model)
-    model = load_model(model_path, dtype=dtype).to(args.device)
+    model = load_model(model_path, dtype, args.device)
     return greedy_answers(
         model,
         tokenizer,
@@ -166,7 +165,7 @@ def _answers(
 
 
 def _template_kwargs(args: GRPOConfig) -> dict[str, Any]:
-    return dict(args.chat_template_kwargs or {})  # type: ignore[arg-type]
+    return dict(args.chat_template_kwargs or {})
 
 
 def _write(path: Path, text: str) -> Path:

@@ -27,7 +27,10 @@ def reasoning_gym_reward(
         task, task_config, task_index: columns of `fastrl.data.reasoning_gym_dataset`, B each.
     """
     rows = zip(completions, task, task_config, task_index, strict=True)
-    return [task_verifier(*row)(stated_answer(completion_text(completion))) for completion, *row in rows]
+    return [
+        task_verifier(name, config, index)(stated_answer(completion_text(completion)))
+        for completion, name, config, index in rows
+    ]
 
 
 def final_answer_reward(
@@ -47,8 +50,8 @@ def final_answer_reward(
         task, task_config, task_index: columns of `fastrl.data.reasoning_gym_dataset`, B each.
     """
     rewards = []
-    for completion, *row in zip(completions, task, task_config, task_index, strict=True):
-        text, score = completion_text(completion).strip(), task_verifier(*row)
+    for completion, name, config, index in zip(completions, task, task_config, task_index, strict=True):
+        text, score = completion_text(completion).strip(), task_verifier(name, config, index)
         rewards.append(1.0 if score(text) >= 1.0 else 0.5 if score(last_word(text)) >= 1.0 else 0.0)
     return rewards
 
