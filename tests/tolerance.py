@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOOR = {torch.float64: 1e-13, torch.float32: 2e-7, torch.bfloat16: 1e-3, torch.float16: 2e-4}
+FLOOR = {torch.float64: 1e-13, torch.float32: 5e-7, torch.bfloat16: 1e-3, torch.float16: 2e-4}
 
 
 def error(x: Tensor, truth: Tensor) -> float:

@@ -75,6 +75,7 @@ def _warn_reference(reason: str) -> None:
     warnings.warn(f"fastrl runs its eager reference, which builds all the logits: {reason}", stacklevel=4)
 
 
+@torch.compiler.assume_constant_result
 def choose(backend: str | None, device: torch.device) -> str:
     """The backend that serves tensors on `device`.
 
