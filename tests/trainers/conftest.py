@@ -5,27 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
+from tiny_runs import WORDS, count_letters, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fastrl.trainers import GRPOConfig, GRPOTrainer
-
-torch.set_num_threads(1)  # for tensors of this size a second thread costs more than it gives
-
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", *"abcdefghijklmnopqrstuvwxyz", *"0123456789"]
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 @pytest.fixture
@@ -36,30 +21,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
-
-
-def tiny_model(family: str = "llama", seed: int = 0, **config: Any) -> PreTrainedModel:
-    """Two layers of width 32; weights spread enough that its samples differ in length and content."""
-    sizes = {
-        "vocab_size": len(WORDS),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **config,
-    }
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**sizes)) if family == "llama" else Qwen2ForCausalLM(Qwen2Config(**sizes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4.0)
-    return model
 
 
 @pytest.fixture
@@ -73,12 +34,6 @@ def prompts() -> Dataset:
     """Eight prompts of different lengths, with a column for the reward functions."""
     rows = ["a", "b c", "d e f", "g h i j", "k", "l m", "n o p q r", "s t"]
     return Dataset.from_dict({"prompt": rows, "answer": [str(i) for i in range(len(rows))]})
-
-
-def count_letters(completions: list[Any], **kwargs: Any) -> list[float]:
-    """A reward that differs within most groups: the number of early letters, capped."""
-    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    return [float(min(sum(token in "abcdefghijklm" for token in text.split()), 3)) for text in texts]
 
 
 @pytest.fixture

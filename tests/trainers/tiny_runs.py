@@ -1,0 +1,112 @@
+"""What the trainer tests run on: a language model of a few thousand weights, scripted completions, recorders."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+)
+
+from fastrl.rollout import Completions, SamplingParams
+from fastrl.trainers import GRPOTrainer
+from fastrl.trainers.rollouts import Rollouts
+
+torch.set_num_threads(1)  # for tensors of this size a second thread costs more than it gives
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", *"abcdefghijklmnopqrstuvwxyz", *"0123456789"]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **config: Any) -> PreTrainedModel:
+    """Two layers of width 32; weights spread enough that its samples differ in length and content."""
+    sizes = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **config,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**sizes)) if family == "llama" else Qwen2ForCausalLM(Qwen2Config(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+    return model
+
+
+def count_letters(completions: list[Any], **kwargs: Any) -> list[float]:
+    """A reward that differs within most groups: the number of early letters, capped."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float(min(sum(token in "abcdefghijklm" for token in text.split()), 3)) for text in texts]
+
+
+class ScriptedEngine:
+    """Completions that depend on the prompt and on how often it was asked before, not on the model: 0 to 8 tokens."""
+
+    def __init__(self, lengths: Sequence[int] = (5, 0, 8, 1, 3, 7, 2, 6)) -> None:
+        self.lengths = lengths
+        self.calls = 0
+        self.synced = 0
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], num_generations: int, sampling: SamplingParams
+    ) -> Completions:
+        """See RolloutEngine."""
+        self.calls += 1
+        completions: list[list[int]] = []
+        asked: dict[tuple[int, ...], int] = {}
+        for ids in prompt_ids:
+            for _ in range(num_generations):
+                nth = asked[tuple(ids)] = asked.get(tuple(ids), -1) + 1
+                length = self.lengths[(sum(ids) + nth) % len(self.lengths)]
+                generator = torch.Generator().manual_seed(1000 * sum(ids) + nth)
+                tokens = torch.randint(6, len(WORDS), (length,), generator=generator).tolist()
+                completions.append([*tokens[:-1], 2] if length and length < sampling.max_tokens else tokens)
+        return Completions(completions)
+
+    def sync_weights(self, model: nn.Module) -> None:
+        """Counts."""
+        self.synced += 1
+
+
+class GradientRecorder(TrainerCallback):
+    """Keeps a copy of every gradient, and of the weights, just before each optimizer step."""
+
+    def __init__(self) -> None:
+        self.grads: list[dict[str, torch.Tensor]] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Called by Trainer."""
+        self.grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        self.weights.append({n: p.detach().clone() for n, p in model.named_parameters()})
+
+
+def record_rollouts(trainer: GRPOTrainer) -> list[Rollouts]:
+    """A list that every batch of rollouts is appended to as it is made, before it is shuffled and split."""
+    made: list[Rollouts] = []
+    collect = trainer.collector.collect
+
+    def collecting(*args: Any, **kwargs: Any) -> Rollouts:
+        made.append(collect(*args, **kwargs))
+        return made[-1]
+
+    trainer.collector.collect = collecting  # type: ignore[method-assign]
+    return made
