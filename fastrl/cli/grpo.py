@@ -7,6 +7,7 @@ import gc
 import inspect
 import os
 import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -209,7 +210,12 @@ def _train(
         )
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (ValueError, TypeError) as error:
+        if not _raised_by_fastrl(error):
+            raise
+        raise UserError(f"{error}{_place_of(error.__cause__)}") from error
     trainer.save_model(args.output_dir)
     trainer.save_state()
     _say(f"model saved to {args.output_dir}")
@@ -261,6 +267,17 @@ def _is_finished(checkpoint: Path, args: GRPOConfig) -> bool:
     if args.max_steps > 0:
         return bool(state["global_step"] >= args.max_steps)
     return bool(state["epoch"] >= args.num_train_epochs)
+
+
+def _raised_by_fastrl(error: BaseException) -> bool:
+    """Whether fastrl itself refused something: then the message is for the user, otherwise the traceback is."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+
+
+def _place_of(cause: BaseException | None) -> str:
+    frames = traceback.extract_tb(cause.__traceback__) if cause is not None else None
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,130 @@
+"""Runs through the command line: refused, resumed, started anew; a killed run gives the metrics of one that was not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from fastrl.cli import main
+from fastrl.cli.errors import UserError
+from fastrl.cli.runs import choose_start, complete_from_checkpoint, has_model
+
+TIMES = {"step_time", "tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+
+
+def history(folder):
+    entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [{name: value for name, value in entry.items() if name not in TIMES} for entry in entries]
+
+
+def test_killed_and_resumed_run_logs_what_an_uninterrupted_one_does(project, monkeypatch, capsys):
+    assert main(["grpo", "--config", "run.yaml", "--output_dir", "whole"]) == 0
+    whole = history(project / "whole")
+    assert [entry["step"] for entry in whole if "reward" in entry] == [1, 2, 3, 4, 5, 6]
+
+    import judge
+
+    for stop_after in (1, 3, 2):  # before the first checkpoint, between two, right after one
+        judge.calls = 0
+        monkeypatch.setenv("STOP_AFTER", str(stop_after))
+        resume = ["--resume"] if (project / "out").exists() else []
+        assert main(["grpo", "--config", "run.yaml", *resume]) == 130
+    judge.calls = 0
+    monkeypatch.setenv("STOP_AFTER", "1000")
+    assert main(["grpo", "--config", "run.yaml", "--resume"]) == 0
+    assert "resuming from out/checkpoint-" in capsys.readouterr().err
+    resumed = history(project / "out")
+    assert [entry for entry in resumed if "reward" in entry] == [entry for entry in whole if "reward" in entry]
+    for name in ("model.safetensors", "config.json"):
+        assert (project / "out" / name).read_bytes() == (project / "whole" / name).read_bytes(), name
+
+
+def test_existing_run_is_refused_kept_or_continued(project, capsys):
+    assert main(["grpo", "--config", "run.yaml", "--max_steps", "2"]) == 0
+    before = history(project / "out")
+    assert main(["grpo", "--config", "run.yaml"]) == 2
+    assert "output_dir out already holds a run: continue it with --resume" in capsys.readouterr().err
+    assert history(project / "out") == before
+
+    assert main(["grpo", "--config", "run.yaml", "--max_steps", "2", "--resume"]) == 0
+    assert "this run is finished" in capsys.readouterr().err
+    assert history(project / "out") == before
+
+    assert main(["grpo", "--config", "run.yaml", "--max_steps", "4", "--resume"]) == 0
+    assert [entry["step"] for entry in history(project / "out") if "reward" in entry] == [1, 2, 3, 4]
+
+    assert main(["grpo", "--config", "run.yaml", "--max_steps", "2", "--fresh"]) == 0
+    assert "the earlier one is now out.1" in capsys.readouterr().err
+    assert len([entry for entry in history(project / "out.1") if "reward" in entry]) == 4
+    assert len([entry for entry in history(project / "out") if "reward" in entry]) == 2
+
+
+def test_run_killed_before_its_result_was_saved_is_completed(project):
+    assert main(["grpo", "--config", "run.yaml", "--max_steps", "2"]) == 0
+    weights = (project / "out" / "model.safetensors").read_bytes()
+    for path in (project / "out").iterdir():
+        if path.is_file():
+            path.unlink()
+    assert main(["grpo", "--config", "run.yaml", "--max_steps", "2", "--resume"]) == 0
+    assert has_model(project / "out")
+    assert (project / "out" / "model.safetensors").read_bytes() == weights
+    assert not (project / "out" / "optimizer.pt").exists()
+
+
+def test_a_broken_newest_checkpoint_is_passed_over(project):
+    assert main(["grpo", "--config", "run.yaml", "--max_steps", "4"]) == 0
+    with open(project / "out" / "checkpoint-4" / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    start = choose_start(project / "out", resume=True, fresh=False)
+    assert start.checkpoint is not None and start.checkpoint.name == "checkpoint-2"
+    shutil.rmtree(project / "out" / "checkpoint-2")
+    start = choose_start(project / "out", resume=True, fresh=False)
+    assert start.checkpoint is None and "starting the run again from its first step" in start.message
+
+
+def test_resume_without_a_run_starts_one(tmp_path):
+    start = choose_start(tmp_path / "new", resume=True, fresh=False)
+    assert start.checkpoint is None and "nothing to resume" in start.message
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README").touch()
+    assert choose_start(tmp_path / "notes", resume=False, fresh=False).checkpoint is None
+
+
+def test_fresh_never_overwrites_an_earlier_copy(tmp_path):
+    for _ in range(2):
+        (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+        choose_start(tmp_path / "out", resume=False, fresh=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.1", "out.2"]
+
+
+def test_output_dir_that_is_a_file(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="is a file"):
+        choose_start(tmp_path / "out", resume=False, fresh=False)
+
+
+def test_only_what_belongs_to_the_model_is_taken_from_a_checkpoint(tmp_path):
+    names = ["model.safetensors", "config.json", "tokenizer.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    names += ["rng_state_0.pth", "fastrl_manifest.json", "0_fastrl_state.json", "trainer_state.json", "scaler.pt"]
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    for name in names:
+        (checkpoint / name).touch()
+    complete_from_checkpoint(tmp_path, checkpoint)
+    taken = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert taken == {"model.safetensors", "config.json", "tokenizer.json", "trainer_state.json"}
+
+
+def test_a_failing_reward_function_is_one_line_and_spares_the_checkpoints(project, capsys):
+    assert main(["grpo", "--config", "run.yaml", "--max_steps", "2"]) == 0
+    capsys.readouterr()
+    arguments = ["--max_steps", "4", "--resume", "--reward_funcs", "judge.raises"]
+    assert main(["grpo", "--config", "run.yaml", *arguments]) == 2
+    error = capsys.readouterr().err
+    last = error.strip().splitlines()[-1]
+    assert "reward function 'raises' raised RuntimeError: the judge is away" in last and "judge.py, line " in last
+    assert "Traceback" not in error
+    start = choose_start(project / "out", resume=True, fresh=False)
+    assert start.checkpoint is not None and start.checkpoint.name == "checkpoint-2"
