@@ -50,7 +50,7 @@ def completion_logps(
     rows = rollouts.completion_mask.any(-1).nonzero().squeeze(-1)
     positions = takes_positions(model)
     with _eval_mode(model):
-        for part in rows.split(batch_size):
+        for part in rows.split(batch_size) if len(rows) else ():
             batch = rollouts.select(part)
 
             def score(hidden: Tensor, head: LMHead, batch: Rollouts = batch) -> Tensor:
