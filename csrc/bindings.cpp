@@ -62,21 +62,21 @@ T* pointer(uintptr_t address) {
 
 void row_stats(int dtype, uintptr_t tile, int64_t rows, int64_t cols, int64_t stride, uintptr_t ids, double temperature,
                double logit_scale, double softcap, uintptr_t bias, uintptr_t row_max, uintptr_t log_sum, uintptr_t logps,
-               uintptr_t entropy, int threads) {
+               uintptr_t mean, int threads) {
   const fastrl::StatsArgs args{static_cast<fastrl::DType>(dtype), pointer<void>(tile), rows, cols, stride,
                                pointer<int64_t>(ids), {temperature, logit_scale, softcap, pointer<void>(bias)},
-                               pointer<void>(row_max), pointer<void>(log_sum), pointer<void>(logps), pointer<void>(entropy)};
+                               pointer<void>(row_max), pointer<void>(log_sum), pointer<void>(logps), pointer<void>(mean)};
   py::gil_scoped_release release;
   parallel_rows(rows, threads, [&](int64_t begin, int64_t end) { current_kernels->stats(args, begin, end); });
 }
 
 void row_grad(int dtype, uintptr_t tile, int64_t cols, int64_t stride, uintptr_t out, int64_t out_stride, uintptr_t ids,
               double temperature, double logit_scale, double softcap, uintptr_t bias, uintptr_t row_max, uintptr_t log_sum,
-              uintptr_t entropy, uintptr_t grad_logps, uintptr_t grad_entropy, uintptr_t grad_lse, uintptr_t source,
+              uintptr_t mean, uintptr_t grad_logps, uintptr_t grad_entropy, uintptr_t grad_lse, uintptr_t source,
               uintptr_t target, int64_t moves, int threads) {
   const fastrl::GradArgs args{static_cast<fastrl::DType>(dtype), pointer<void>(tile), cols, stride, pointer<void>(out),
                               out_stride, pointer<int64_t>(ids), {temperature, logit_scale, softcap, pointer<void>(bias)},
-                              pointer<void>(row_max), pointer<void>(log_sum), pointer<void>(entropy),
+                              pointer<void>(row_max), pointer<void>(log_sum), pointer<void>(mean),
                               pointer<void>(grad_logps), pointer<void>(grad_entropy), pointer<void>(grad_lse),
                               pointer<int64_t>(source), pointer<int64_t>(target), moves};
   py::gil_scoped_release release;

@@ -9,13 +9,13 @@ FLOOR = {torch.float64: 1e-13, torch.float32: 5e-7, torch.bfloat16: 1e-3, torch.
 
 
 def error(x: Tensor, truth: Tensor) -> float:
-    """Largest absolute error relative to the largest entry of the truth; NaN in the same places counts as equal."""
+    """|x - truth| / |truth| in the Euclidean norm; inf and NaN in the same places count as equal, elsewhere as infinite."""
     x, truth = x.detach().double(), truth.detach().double()
     assert x.shape == truth.shape
     same = (x == truth) | (x.isnan() & truth.isnan())
-    scale = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
-    gap = torch.where(same, 0.0, (x - truth).abs())
-    return gap.max().item() / max(scale, 1e-30) if gap.numel() else 0.0
+    scale = truth[truth.isfinite()].norm().item()
+    gap = torch.where(same, 0.0, (x - truth).abs()).norm().item()
+    return float("inf") if gap != gap else gap / max(scale, 1e-30)
 
 
 def assert_as_accurate(ours: Tensor, plain: Tensor, truth: Tensor, what: str, factor: float = 4.0) -> None:

@@ -1,4 +1,4 @@
-// Row passes over a tile of raw logits: pass 1 reduces each row to (max, log-sum, logp, entropy) reading memory once;
+// Row passes over a tile of raw logits: pass 1 reduces each row to (max, log-sum, logp, mean) reading memory once;
 // pass 2 turns the row into its gradient. Neither ever stores normalized logits or probabilities beside the tile.
 // Compiled once per instruction set (FASTRL_ISA names the build). Only inlined code here: an inline function of the
 // standard library compiled for AVX-512 could be the copy that the linker keeps for every build.
@@ -122,7 +122,7 @@ void stats_rows(const StatsArgs& a, int64_t begin, int64_t end) {
     // All -inf (0/0) and +inf (inf - inf) rows are NaN, as log_softmax has them.
     if (!(sum > 0.0) || row_max == -neg_inf) logp = static_cast<A>(__builtin_nan(""));
     static_cast<A*>(a.logps)[row] = logp;
-    if (a.entropy) static_cast<A*>(a.entropy)[row] = static_cast<A>(log(sum) - weighted / sum);
+    if (a.mean) static_cast<A*>(a.mean)[row] = static_cast<A>(weighted / sum);
   }
 }
 
@@ -141,7 +141,7 @@ void grad_rows(const GradArgs& a, int64_t begin, int64_t end) {
     const A g_logp = a.grad_logps ? static_cast<const A*>(a.grad_logps)[from] : A(0);
     const A g_lse = a.grad_lse ? static_cast<const A*>(a.grad_lse)[from] : A(0);
     const A g_entropy = kEntropy ? static_cast<const A*>(a.grad_entropy)[from] : A(0);
-    const A entropy = kEntropy ? static_cast<const A*>(a.entropy)[from] : A(0);
+    const A mean = kEntropy ? static_cast<const A*>(a.mean)[from] : A(0);
     const A g_prob = g_lse - g_logp;
     const int64_t id = a.ids[from];
     for (int64_t start = 0; start < a.cols; start += kBlock) {
@@ -150,10 +150,10 @@ void grad_rows(const GradArgs& a, int64_t begin, int64_t end) {
       for (int64_t j = 0; j < size; ++j) {
         A slope;
         const A z = logit.template operator()<kBias, kCap>(load(x + start + j), start + j, slope);
-        const A logp = (z - row_max) - log_sum;
+        const A shifted = z - row_max;
         A g = g_prob;
-        if (kEntropy) g -= g_entropy * ((logp < A(-1e30) ? A(-1e30) : logp) + entropy);
-        block[j] = exp_of(logp) * g * slope;
+        if (kEntropy) g -= g_entropy * ((shifted < A(-1e30) ? A(-1e30) : shifted) - mean);  // log p + H
+        block[j] = exp_of(shifted - log_sum) * g * slope;
       }
       if (id >= start && id < start + size) {
         A slope;

@@ -23,7 +23,7 @@ struct StatsArgs {
   const int64_t* ids;  // [rows]; -1: the token is in another vocabulary shard, its logp is -inf
   Transform transform;
   void *row_max, *log_sum, *logps;
-  void* entropy;  // or null
+  void* mean;  // or null
 };
 
 struct GradArgs {
@@ -35,7 +35,7 @@ struct GradArgs {
   const int64_t* ids;
   Transform transform;
   const void *row_max, *log_sum;
-  const void* entropy;                                   // null iff grad_entropy is null
+  const void* mean;                                      // null iff grad_entropy is null
   const void *grad_logps, *grad_entropy, *grad_lse;      // each may be null
   const int64_t *source, *target;                        // [moves], or both null: row i goes to row i
   int64_t moves;

@@ -33,7 +33,7 @@ class Backend(Protocol):
         bias: Tensor | None,
         row_max: Tensor,
         log_sum: Tensor,
-        entropy: Tensor | None,
+        mean: Tensor | None,
         grad_logps: Tensor | None,
         grad_entropy: Tensor | None,
         grad_lse: Tensor | None,

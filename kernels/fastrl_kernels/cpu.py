@@ -42,14 +42,14 @@ def row_stats(tile: Tensor, ids: Tensor, transform: LogitTransform, bias: Tensor
     ids = _vector("ids", ids, n, torch.int64)  # type: ignore[assignment]
     bias = _vector("bias", bias, v, dtype)
     row_max, log_sum, logps = (torch.empty(n, dtype=dtype) for _ in range(3))
-    entropies = torch.empty(n, dtype=dtype) if entropy else None
+    mean = torch.empty(n, dtype=dtype) if entropy else None
     if n:
         _C.row_stats(
             _DTYPES[tile.dtype], tile.data_ptr(), n, v, tile.stride(0), ids.data_ptr(),
             transform.temperature, transform.logit_scale, transform.softcap or 0.0, _pointer(bias),
-            row_max.data_ptr(), log_sum.data_ptr(), logps.data_ptr(), _pointer(entropies), torch.get_num_threads(),
+            row_max.data_ptr(), log_sum.data_ptr(), logps.data_ptr(), _pointer(mean), torch.get_num_threads(),
         )  # fmt: skip
-    return RowStats(row_max, log_sum, logps, entropies)
+    return RowStats(row_max, log_sum, logps, mean)
 
 
 def row_grad(
@@ -60,7 +60,7 @@ def row_grad(
     bias: Tensor | None,
     row_max: Tensor,
     log_sum: Tensor,
-    entropy: Tensor | None,
+    mean: Tensor | None,
     grad_logps: Tensor | None,
     grad_entropy: Tensor | None,
     grad_lse: Tensor | None,
@@ -76,13 +76,13 @@ def row_grad(
         raise ValueError(f"out: expected {tile.dtype} (k, {v}), got {out.dtype} {tuple(out.shape)}")
     if (source is None) != (target is None):
         raise ValueError("source and target go together")
-    if grad_entropy is not None and entropy is None:
-        raise ValueError("grad_entropy needs the rows' entropy")
+    if grad_entropy is not None and mean is None:
+        raise ValueError("grad_entropy needs the rows' mean")
     dtype = accumulation_dtype(tile.dtype)
     if not moves:
         return
     vectors = {
-        "row_max": row_max, "log_sum": log_sum, "entropy": entropy if grad_entropy is not None else None,
+        "row_max": row_max, "log_sum": log_sum, "mean": mean if grad_entropy is not None else None,
         "grad_logps": grad_logps, "grad_entropy": grad_entropy, "grad_lse": grad_lse,
     }  # fmt: skip
     kept = {name: _vector(name, x, n, dtype) for name, x in vectors.items()}

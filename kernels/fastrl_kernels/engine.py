@@ -224,14 +224,14 @@ def backward(
 ) -> Gradients:
     """Gradients of the inputs from those of the statistics; recomputes the logits: 6NDV FLOPs over the given rows."""
     total = _Accumulator(head, needs)
-    entropy = stats.entropy if grad_entropy is not None else None
+    mean = stats.mean if grad_entropy is not None else None
     for part, tile in head.tile_chunks(rows, head.most_rows(), head.weight.shape[0]):
         x = _take(head.hidden, part)
         head.project(x, tile)
         out = total.gradient_tile(tile)
         vectors = (
             None if v is None else _take(v, part)
-            for v in (stats.row_max, stats.log_sum, entropy, grad_logps, grad_entropy, grad_lse)
+            for v in (stats.row_max, stats.log_sum, mean, grad_logps, grad_entropy, grad_lse)
         )
         head.backend.row_grad(tile, out, head.local_ids(part), head.transform, head.bias, *vectors, None, None)  # type: ignore[arg-type]
         total.add(out, x, part)
@@ -289,7 +289,7 @@ def single_pass(
         out = total.gradient_tile(tile[: x.shape[0]])
         head.backend.row_grad(
             tile, out, ids, head.transform, head.bias, chunk.row_max, chunk.log_sum,
-            chunk.entropy if grad_entropy is not None else None, grad_logps, grad_entropy, None, source, target,
+            chunk.mean if grad_entropy is not None else None, grad_logps, grad_entropy, None, source, target,
         )  # fmt: skip
         total.add(out, x, part)
     if dead is not None:

@@ -95,7 +95,7 @@ def linear_logprobs(
         ops.check_range(mask, ids, weight.shape[0])
         logps, entropies, lse = reference.linear_logprobs(hidden, weight, ids, bias, transform, mask, entropy)
     else:
-        logps, entropies, lse, _, _ = ops.linear_logprobs(
+        logps, entropies, lse, *_ = ops.linear_logprobs(
             hidden, weight, bias, ids, mask, entropy, transform.temperature, transform.logit_scale,
             transform.softcap, name, "" if tp_group is None else tp_group.group_name,
         )  # fmt: skip
@@ -145,7 +145,7 @@ def logprobs_from_logits(
             logits = logits.contiguous()
         if name == "cpu" and logits.dtype == torch.float16:
             logits = logits.float()  # the row kernels have no fp16 loads
-        logps, entropies, lse, _, _ = ops.logprobs_from_logits(logits, ids, mask, entropy, transform.temperature, name)
+        logps, entropies, lse, *_ = ops.logprobs_from_logits(logits, ids, mask, entropy, transform.temperature, name)
     return TokenStats(logps.view(shape), entropies.view(shape) if entropy else None, lse.view(shape))  # type: ignore[union-attr]
 
 

@@ -40,13 +40,20 @@ class RowStats(NamedTuple):
     """Statistics of each row of a tile of logits; fp32 (fp64 for an fp64 tile).
 
     The log-sum-exp is kept as two numbers, because `z - lse` cancels where all logits share a large offset
-    (pytorch #195829) while `(z - row_max) - log_sum` does not.
+    (pytorch #195829) while `(z - row_max) - log_sum` does not. The entropy is kept as the mean logit, because its
+    gradient's `log p + H` is `(z - row_max) - mean`, which does not cancel where the distribution is flat.
+    A row of logits that are all -inf has row_max and log_sum -inf, and the rest NaN.
     """
 
     row_max: Tensor  # (n,) max_j z_j
     log_sum: Tensor  # (n,) log sum_j exp(z_j - row_max)
     logps: Tensor  # (n,) log-probability of the row's id; -inf where the id is -1 (not in this vocabulary shard)
-    entropy: Tensor | None  # (n,) -sum_j p_j log p_j, in nats
+    mean: Tensor | None  # (n,) sum_j p_j (z_j - row_max)
+
+    @property
+    def entropy(self) -> Tensor | None:
+        """(n,) -sum_j p_j log p_j, in nats."""
+        return None if self.mean is None else self.log_sum - self.mean
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

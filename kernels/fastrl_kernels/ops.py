@@ -56,8 +56,26 @@ def _select(mask: Tensor | None, ids: Tensor, vocabulary: int) -> Tensor | None:
     return torch.nonzero_static(inside, size=count).squeeze(-1)
 
 
-def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return like.new_empty(0, dtype=dtype)
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # logps, entropy, lse; row_max, log_sum, mean
+
+
+def _outputs(stats: RowStats) -> Outputs:
+    """What a scoring operator returns: three differentiable outputs and three numbers per row for its backward.
+
+    entropy and mean are empty where the entropy was not asked for.
+    """
+    entropy, mean = stats.entropy, stats.mean
+    if entropy is None or mean is None:
+        entropy, mean = stats.logps.new_empty(0), stats.logps.new_empty(0)
+    return stats.logps, entropy, stats.row_max + stats.log_sum, stats.row_max, stats.log_sum, mean
+
+
+def _fake_outputs(like: Tensor, n: int, dtype: torch.dtype, entropy: bool) -> Outputs:
+    def row(size: int = n) -> Tensor:
+        return like.new_empty(size, dtype=dtype)
+
+    optional = n if entropy else 0
+    return row(), row(optional), row(), row(), row(), row(optional)
 
 
 # Head: log-probability, entropy and log-sum-exp of given tokens -----------------------------------------------------
@@ -76,23 +94,19 @@ def linear_logprobs(
     softcap: float | None,
     backend: str,
     group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logps, entropy (empty unless asked for), lse, row_max, log_sum; the last two are for the backward."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logps, entropy, lse, row_max, log_sum, mean; see `_outputs`."""
     transform = LogitTransform(temperature, logit_scale, softcap)
     head, vocabulary = _head(hidden, weight, bias, ids, transform, backend, group)
     stats = engine.score(head, _select(mask, ids, vocabulary), entropy)
-    entropies = _empty(hidden, head.dtype) if stats.entropy is None else stats.entropy
-    return stats.logps, entropies, stats.row_max + stats.log_sum, stats.row_max, stats.log_sum
+    return _outputs(stats)
 
 
 @linear_logprobs.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor | None, entropy: bool, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def row() -> Tensor:
-        return hidden.new_empty(ids.shape[0], dtype=accumulation_dtype(weight.dtype))
-
-    return row(), row() if entropy else row().new_empty(0), row(), row(), row()
+) -> Outputs:
+    return _fake_outputs(hidden, ids.shape[0], accumulation_dtype(weight.dtype), entropy)
 
 
 @torch.library.custom_op("fastrl::linear_logprobs_backward", mutates_args=())
@@ -102,9 +116,9 @@ def linear_logprobs_backward(
     bias: Tensor | None,
     ids: Tensor,
     mask: Tensor | None,
-    entropy: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
+    mean: Tensor,
     grad_logps: Tensor | None,
     grad_entropy: Tensor | None,
     grad_lse: Tensor | None,
@@ -124,7 +138,7 @@ def linear_logprobs_backward(
     live = functools.reduce(torch.logical_or, [g != 0 for g in upstream], torch.zeros_like(ids, dtype=torch.bool))
     if mask is not None:
         live &= mask
-    stats = RowStats(row_max, log_sum, row_max, entropy if entropy.numel() else None)
+    stats = RowStats(row_max, log_sum, row_max, mean if mean.numel() else None)
     needs = Needs(need_hidden, need_weight, need_bias)
     rows = _select(live, ids, vocabulary)
     return tuple(engine.backward(head, stats, rows, grad_logps, grad_entropy, grad_lse, needs))  # type: ignore[return-value]
@@ -145,16 +159,15 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[
 
 def _linear_logprobs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, ids, mask, _, *ctx.head_args = inputs
-    _, entropy, _, row_max, log_sum = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row_max, log_sum)
-    ctx.save_for_backward(hidden, weight, bias, ids, mask, entropy, row_max, log_sum)
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(hidden, weight, bias, ids, mask, *output[3:])
 
 
 def _linear_logprobs_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, *rest = ctx.saved_tensors
     logps, entropy, lse = (None if g is None else g.contiguous() for g in grads[:3])
-    if rest[2].numel() == 0:  # entropy was not asked for: its output is an empty tensor
+    if rest[-1].numel() == 0:  # entropy was not asked for: its output is an empty tensor
         entropy = None
     needs = Needs(*ctx.needs_input_grad[:3])
     out = linear_logprobs_backward(hidden, weight, bias, *rest, logps, entropy, lse, *needs, *ctx.head_args)
@@ -175,8 +188,8 @@ def logprobs_from_logits(
     entropy: bool,
     temperature: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logps, entropy (empty unless asked for), lse, row_max, log_sum."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logps, entropy, lse, row_max, log_sum, mean; see `_outputs`."""
     n = ids.shape[0]
     rows = _select(mask, ids, logits.shape[1])
     picked = logits if rows is None else logits.index_select(0, rows)
@@ -185,19 +198,14 @@ def logprobs_from_logits(
     )
     if rows is not None:
         stats = RowStats(*(None if x is None else x.new_zeros(n).index_copy_(0, rows, x) for x in stats))  # type: ignore[arg-type]
-    dtype = accumulation_dtype(logits.dtype)
-    entropies = _empty(logits, dtype) if stats.entropy is None else stats.entropy
-    return stats.logps, entropies, stats.row_max + stats.log_sum, stats.row_max, stats.log_sum
+    return _outputs(stats)
 
 
 @logprobs_from_logits.register_fake
 def _(
     logits: Tensor, ids: Tensor, mask: Tensor | None, entropy: bool, temperature: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def row() -> Tensor:
-        return logits.new_empty(ids.shape[0], dtype=accumulation_dtype(logits.dtype))
-
-    return row(), row() if entropy else row().new_empty(0), row(), row(), row()
+) -> Outputs:
+    return _fake_outputs(logits, ids.shape[0], accumulation_dtype(logits.dtype), entropy)
 
 
 @torch.library.custom_op("fastrl::logprobs_from_logits_backward", mutates_args=())
@@ -205,9 +213,9 @@ def logprobs_from_logits_backward(
     logits: Tensor,
     ids: Tensor,
     mask: Tensor | None,
-    entropy: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
+    mean: Tensor,
     grad_logps: Tensor | None,
     grad_entropy: Tensor | None,
     grad_lse: Tensor | None,
@@ -221,7 +229,7 @@ def logprobs_from_logits_backward(
         out.zero_()
     backends.load(backend).row_grad(
         logits, out, ids, LogitTransform(temperature), None, row_max, log_sum,
-        entropy if grad_entropy is not None else None, grad_logps, grad_entropy, grad_lse, rows, rows,
+        mean if grad_entropy is not None else None, grad_logps, grad_entropy, grad_lse, rows, rows,
     )  # fmt: skip
     return out
 
@@ -233,16 +241,15 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 
 def _logprobs_from_logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, ids, mask, _, ctx.temperature, ctx.backend = inputs
-    _, entropy, _, row_max, log_sum = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row_max, log_sum)
-    ctx.save_for_backward(logits, ids, mask, entropy, row_max, log_sum)
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(logits, ids, mask, *output[3:])
 
 
 def _logprobs_from_logits_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     logps, entropy, lse = (None if g is None else g.contiguous() for g in grads[:3])
-    if saved[3].numel() == 0:
+    if saved[-1].numel() == 0:
         entropy = None
     return logprobs_from_logits_backward(*saved, logps, entropy, lse, ctx.temperature, ctx.backend), *[None] * 5
 
@@ -297,8 +304,7 @@ def linear_policy_loss(
         dead_rows = torch.arange(ids.shape[0], device=ids.device)
     needs = Needs(need_hidden, need_weight, need_bias)
     terms, stats, grads = engine.single_pass(head, live_rows, dead_rows, chunk, entropy, needs)
-    entropies = _empty(hidden, head.dtype) if stats.entropy is None else stats.entropy
-    return terms.sum(), stats.logps, entropies, *grads
+    return terms.sum(), *_outputs(stats)[:2], *grads
 
 
 @linear_policy_loss.register_fake

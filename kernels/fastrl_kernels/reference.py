@@ -110,7 +110,9 @@ def row_stats(
     log_sum = shifted.exp().sum(-1).log()
     taken = shifted.gather(-1, ids.clamp(min=0).unsqueeze(-1)).squeeze(-1) - log_sum
     taken = torch.where((ids >= 0) | taken.isnan(), taken, -torch.inf)
-    return RowStats(row_max, log_sum, taken, _entropy(shifted - log_sum.unsqueeze(-1)) if entropy else None)
+    p = (shifted - log_sum.unsqueeze(-1)).exp()
+    mean = (p * shifted.masked_fill(shifted == -torch.inf, 0.0)).sum(-1)
+    return RowStats(row_max, log_sum, taken, mean if entropy else None)
 
 
 def row_grad(
@@ -121,7 +123,7 @@ def row_grad(
     bias: Tensor | None,  # (V,)
     row_max: Tensor,  # (n,)
     log_sum: Tensor,  # (n,)
-    entropy: Tensor | None,  # (n,), needed with grad_entropy
+    mean: Tensor | None,  # (n,), needed with grad_entropy
     grad_logps: Tensor | None,  # (n,)
     grad_entropy: Tensor | None,  # (n,)
     grad_lse: Tensor | None,  # (n,)
@@ -130,21 +132,22 @@ def row_grad(
 ) -> None:
     """Row pass 2: `out[target[i]]` becomes the gradient of row `source[i]` of the tile.
 
-    `[g_logp (onehot - p) - g_H p (log p + H) + g_lse p] * d logit / d product`.
+    `[g_logp (onehot - p) - g_H p (log p + H) + g_lse p] * d logit / d product`, with `log p + H = z - row_max - mean`.
     """
     if source is not None:
         tile, ids, row_max, log_sum = tile[source], ids[source], row_max[source], log_sum[source]
-        entropy, grad_logps, grad_entropy, grad_lse = (
-            None if x is None else x[source] for x in (entropy, grad_logps, grad_entropy, grad_lse)
+        mean, grad_logps, grad_entropy, grad_lse = (
+            None if x is None else x[source] for x in (mean, grad_logps, grad_entropy, grad_lse)
         )
     z = transform_logits(tile, transform, bias)
-    logp = (z - row_max.unsqueeze(-1)) - log_sum.unsqueeze(-1)
+    shifted = z - row_max.unsqueeze(-1)
+    logp = shifted - log_sum.unsqueeze(-1)
     grad = torch.zeros_like(logp)
     if grad_logps is not None:
         onehot = (ids.unsqueeze(-1) == torch.arange(tile.shape[-1], device=tile.device)).to(z.dtype)
         grad += grad_logps.unsqueeze(-1) * (onehot - logp.exp())
-    if grad_entropy is not None and entropy is not None:
-        grad -= grad_entropy.unsqueeze(-1) * logp.exp() * (logp.clamp(min=-1e30) + entropy.unsqueeze(-1))
+    if grad_entropy is not None and mean is not None:
+        grad -= grad_entropy.unsqueeze(-1) * logp.exp() * (shifted.clamp(min=-1e30) - mean.unsqueeze(-1))
     if grad_lse is not None:
         grad += grad_lse.unsqueeze(-1) * logp.exp()
     if transform.softcap is not None:

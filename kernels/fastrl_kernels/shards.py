@@ -16,8 +16,7 @@ from .head import RowStats
 def merge_stats(pieces: Tensor) -> RowStats:
     """Statistics over the whole vocabulary from those of its pieces, `(3 or 4, pieces, n)` in the order of RowStats.
 
-    With w_s the probability mass of piece s, H = sum_s w_s (H_s - log w_s): the pieces' supports are disjoint. Merged in
-    fp64, so that many pieces are as good as one.
+    Merged in fp64, so that many pieces are as good as one.
     """
     dtype, pieces = pieces.dtype, pieces.double()
     row_max = pieces[0].amax(0)
@@ -30,11 +29,11 @@ def merge_stats(pieces: Tensor) -> RowStats:
     log_share = log_mass - log_sum
     taken = torch.where(empty, -torch.inf, pieces[2] + log_share).amax(0)  # -inf in every piece but the token's own
     taken = torch.where(log_sum.isnan(), log_sum, taken)
-    entropy = None
+    mean = None
     if pieces.shape[0] == 4:
         share = log_share.exp()
-        entropy = torch.where(share == 0, 0.0, share * (pieces[3] - log_share)).sum(0).to(dtype)
-    return RowStats(row_max.to(dtype), log_sum.to(dtype), taken.to(dtype), entropy)
+        mean = torch.where(share == 0, 0.0, share * (pieces[3] + (pieces[0] - row_max))).sum(0).to(dtype)
+    return RowStats(row_max.to(dtype), log_sum.to(dtype), taken.to(dtype), mean)
 
 
 def stack_stats(stats: RowStats) -> Tensor:

@@ -74,11 +74,11 @@ def test_grad_matches_fp64(v: int, dtype: torch.dtype) -> None:
 
             stats = cpu.row_stats(tile, ids, transform, bias, True)
             before, out = tile.clone(), torch.full_like(tile, torch.nan)
-            cpu.row_grad(tile, out, ids, transform, bias, stats.row_max, stats.log_sum, stats.entropy, *(upstream[i] for i in (0, 1, 2)))
+            cpu.row_grad(tile, out, ids, transform, bias, stats.row_max, stats.log_sum, stats.mean, *(upstream[i] for i in (0, 1, 2)))
             plain = plain_grad(dtype if dtype != torch.bfloat16 else torch.float32).to(dtype)
             assert_as_accurate(out, plain, plain_grad(torch.float64), f"gradient V={v} {transform}")
             assert torch.equal(tile, before)
-            cpu.row_grad(tile, tile, ids, transform, bias, stats.row_max, stats.log_sum, stats.entropy, *upstream)
+            cpu.row_grad(tile, tile, ids, transform, bias, stats.row_max, stats.log_sum, stats.mean, *upstream)
             assert torch.equal(tile, out), "in place differs from out of place"
 
 
@@ -111,7 +111,7 @@ def test_infinite_blocks(where: str, dtype: torch.dtype) -> None:
     assert error(stats.logps, logps) < 1e-6 and error(stats.entropy, entropy) < 1e-6
     assert error(stats.row_max + stats.log_sum, lse) < 1e-6
     grad = [torch.randn(3, dtype=dtype) for _ in range(3)]
-    cpu.row_grad(tile, tile, ids, LogitTransform(), bias, stats.row_max, stats.log_sum, stats.entropy, *grad)
+    cpu.row_grad(tile, tile, ids, LogitTransform(), bias, stats.row_max, stats.log_sum, stats.mean, *grad)
     assert tile.isfinite().all() and (tile[:, bias == -torch.inf] == 0).all()
 
 
@@ -166,10 +166,10 @@ def test_moves_and_strides() -> None:
     ids, g = torch.randint(50, (6,)), torch.randn(6)
     stats = cpu.row_stats(tile, ids, LogitTransform(), None, True)
     whole = torch.empty(6, 50)
-    cpu.row_grad(tile, whole, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.entropy, g, g, g)
+    cpu.row_grad(tile, whole, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.mean, g, g, g)
     rest = wide.clone()
     source, target = torch.tensor([0, 5, 4]), torch.tensor([0, 1, 2])
-    cpu.row_grad(tile, tile, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.entropy, g, g, g, source, target)
+    cpu.row_grad(tile, tile, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.mean, g, g, g, source, target)
     assert torch.equal(tile[:3], whole[source])
     rest[:3, 7:57] = tile[:3]
     assert torch.equal(wide, rest), "wrote outside its rows"
@@ -184,7 +184,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
             torch.set_num_threads(count)
             stats = cpu.row_stats(tile, ids, LogitTransform(), None, True)
             out = torch.empty_like(tile)
-            cpu.row_grad(tile, out, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.entropy, g, g, g)
+            cpu.row_grad(tile, out, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.mean, g, g, g)
             results.append([*stats, out])
     finally:
         torch.set_num_threads(threads)
@@ -216,6 +216,6 @@ def test_reference_row_functions_agree() -> None:
     for ours, t in zip((stats.logps, stats.entropy, stats.row_max + stats.log_sum), truth, strict=True):
         torch.testing.assert_close(ours, t)
     out = torch.empty_like(tile)
-    reference.row_grad(tile, out, ids, transform, bias, stats.row_max, stats.log_sum, stats.entropy, *g)
+    reference.row_grad(tile, out, ids, transform, bias, stats.row_max, stats.log_sum, stats.mean, *g)
     (want,) = torch.autograd.grad(sum((t * u).sum() for t, u in zip(truth, g, strict=True)), x)  # type: ignore[arg-type]
     torch.testing.assert_close(out, want)

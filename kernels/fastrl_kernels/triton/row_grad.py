@@ -26,7 +26,7 @@ def row_grad_bwd_kernel(
     bias_ptr,  # (V,) or None
     row_max_ptr,  # (n,) accumulation dtype, as are the five below
     log_sum_ptr,  # (n,)
-    entropy_ptr,  # (n,) or None
+    mean_ptr,  # (n,) or None
     grad_logps_ptr,  # (n,) or None
     grad_entropy_ptr,  # (n,) or None
     grad_lse_ptr,  # (n,) or None
@@ -54,10 +54,10 @@ def row_grad_bwd_kernel(
     x = load_product(tile_ptr + source * tile_stride, bias_ptr, cols, mask, dtype)
     z, slope = logit_and_slope(x, gain_in, gain_out, SOFTCAP)
 
-    logp = (z - tl.load(row_max_ptr + source)) - tl.load(log_sum_ptr + source)
+    shifted = z - tl.load(row_max_ptr + source)
     # p is exactly 0 far above this floor in every dtype; without it p * log p is 0 * -inf. tl.maximum would drop a NaN.
-    logp = tl.where(logp < -1e4, -1e4, logp)
-    p = tl.exp(logp)
+    shifted = tl.where(shifted < -1e4, -1e4, shifted)
+    p = tl.exp(shifted - tl.load(log_sum_ptr + source))
     factor = tl.zeros((), dtype)
     if grad_lse_ptr is not None:
         factor += tl.load(grad_lse_ptr + source)
@@ -65,7 +65,7 @@ def row_grad_bwd_kernel(
         grad_logp = tl.load(grad_logps_ptr + source)
         factor -= grad_logp
     if grad_entropy_ptr is not None:
-        grad = p * (factor - tl.load(grad_entropy_ptr + source) * (logp + tl.load(entropy_ptr + source)))
+        grad = p * (factor - tl.load(grad_entropy_ptr + source) * (shifted - tl.load(mean_ptr + source)))
     else:
         grad = p * factor
     if grad_logps_ptr is not None:
@@ -83,7 +83,7 @@ def row_grad(
     bias: Tensor | None,  # (V,)
     row_max: Tensor,  # (n,)
     log_sum: Tensor,  # (n,)
-    entropy: Tensor | None,  # (n,)
+    mean: Tensor | None,  # (n,)
     grad_logps: Tensor | None,  # (n,)
     grad_entropy: Tensor | None,  # (n,)
     grad_lse: Tensor | None,  # (n,)
@@ -101,7 +101,7 @@ def row_grad(
             nothing reads). Without source and target, r = n.
         ids: (n,) int64; -1: no one-hot term.
         transform, bias: as given to `row_stats`.
-        row_max, log_sum, entropy: (n,) from `row_stats`; entropy is needed exactly when grad_entropy is given.
+        row_max, log_sum, mean: (n,) from `row_stats`; mean is needed exactly when grad_entropy is given.
         grad_logps, grad_entropy, grad_lse: (n,) upstream gradients in the accumulation dtype, or None for zero.
         source, target: (k,) int64 row numbers, within range (not checked: that would wait for the GPU), or both None.
 
@@ -115,8 +115,8 @@ def row_grad(
     device, dtype = tile.device, accumulation_dtype(tile.dtype)
     if out.shape[1] != vocabulary or out.device != device:
         raise ValueError(f"out must be (rows, {vocabulary}) on {device}, got {tuple(out.shape)} on {out.device}")
-    if grad_entropy is not None and entropy is None:
-        raise ValueError("grad_entropy needs entropy, the rows' entropies from row_stats; got None")
+    if grad_entropy is not None and mean is None:
+        raise ValueError("grad_entropy needs mean, the rows' mean logits from row_stats; got None")
     if (source is None) != (target is None):
         raise ValueError("source and target must be given together or not at all")
     if source is None and out.shape[0] != n:
@@ -129,7 +129,7 @@ def row_grad(
         vector("bias", bias, vocabulary, device, dtype),
         vector("row_max", row_max, n, device, dtype),
         vector("log_sum", log_sum, n, device, dtype),
-        vector("entropy", entropy if grad_entropy is not None else None, n, device, dtype),
+        vector("mean", mean if grad_entropy is not None else None, n, device, dtype),
         vector("grad_logps", grad_logps, n, device, dtype),
         vector("grad_entropy", grad_entropy, n, device, dtype),
         vector("grad_lse", grad_lse, n, device, dtype),

@@ -27,7 +27,7 @@ def row_stats_fwd_kernel(
     row_max_ptr,  # (n,) accumulation dtype, as are the three below
     log_sum_ptr,  # (n,)
     logps_ptr,  # (n,)
-    entropy_ptr,  # (n,) or None
+    mean_ptr,  # (n,) or None
     V,
     stride,
     scale_in: tl.float64,
@@ -59,21 +59,20 @@ def row_stats_fwd_kernel(
         alpha = tl.where(nothing_yet, 0.0, tl.exp(running_max - shift))
         d = z - shift
         e = tl.exp(d)
-        if entropy_ptr is not None:
+        if mean_ptr is not None:
             moved = tl.where(nothing_yet, 0.0, running_max - shift)
             # A logit of -inf adds 0, not 0 * -inf.
             lane_dot = alpha * (lane_dot + lane_sum * moved) + e * tl.maximum(d, -1e30)
         lane_sum = alpha * lane_sum + e
         running_max = new_max
 
-    # tl.max drops NaN, the sums do not. A row without a finite logit has total 0 or NaN and becomes NaN throughout.
+    # tl.max drops NaN, the sums do not: a NaN or +inf logit makes total NaN. All -inf: total is 0, its log -inf.
     total = tl.sum(lane_sum, 0)
-    log_sum = tl.where(total > 0, tl.log(total), float("nan"))
-    row_max = tl.where(total > 0, running_max, float("nan"))
-    tl.store(row_max_ptr + row, row_max)
+    log_sum = tl.log(total)
+    tl.store(row_max_ptr + row, running_max)
     tl.store(log_sum_ptr + row, log_sum)
-    if entropy_ptr is not None:
-        tl.store(entropy_ptr + row, log_sum - tl.sum(lane_dot, 0) / total)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, tl.sum(lane_dot, 0) / total)
 
     token = tl.load(ids_ptr + row)
     inside = (token >= 0) & (token < V)
@@ -81,7 +80,7 @@ def row_stats_fwd_kernel(
     z_token, _ = logit_and_slope(x_token, gain_in, gain_out, SOFTCAP)
     # -1: another vocabulary shard owns this token. Any other id outside [0, V) reads nothing and is loud.
     z_token = tl.where(inside, z_token, tl.where(token == -1, float("-inf"), float("nan")))
-    tl.store(logps_ptr + row, (z_token - row_max) - log_sum)
+    tl.store(logps_ptr + row, (z_token - running_max) - log_sum)
 
 
 def row_stats(
@@ -100,11 +99,11 @@ def row_stats(
         ids: (n,) int64; -1 marks a token of another vocabulary shard, whose logp is -inf.
         transform: how a raw product becomes a logit.
         bias: (V,) in a floating dtype, or None; added before the transform.
-        entropy: whether to compute the entropy too.
+        entropy: whether to compute the mean logit, and so the entropy, too.
 
     Returns:
-        RowStats of (n,) tensors, in fp32 (fp64 for an fp64 tile). A row that holds NaN, +inf, or only -inf is NaN
-        throughout; no other row is touched by it.
+        RowStats of (n,) tensors, in fp32 (fp64 for an fp64 tile). A row that holds NaN, +inf, or only -inf has a NaN
+        logp and mean; no other row is touched by it.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or layout other than the above.
@@ -116,8 +115,8 @@ def row_stats(
     ids_ = vector("ids", ids, n, tile.device, torch.int64)
     bias_ = vector("bias", bias, vocabulary, tile.device, dtype)
     row_max, log_sum, logps = (torch.empty(n, dtype=dtype, device=tile.device) for _ in range(3))
-    entropies = torch.empty(n, dtype=dtype, device=tile.device) if entropy else None
-    stats = RowStats(row_max, log_sum, logps, entropies)
+    mean = torch.empty(n, dtype=dtype, device=tile.device) if entropy else None
+    stats = RowStats(row_max, log_sum, logps, mean)
     if n == 0:
         return stats
     scale_in, scale_out = transform_scales(transform)
@@ -130,7 +129,7 @@ def row_stats(
             row_max,
             log_sum,
             logps,
-            entropies,
+            mean,
             vocabulary,
             tile.stride(0),
             scale_in,
