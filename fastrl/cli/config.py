@@ -94,8 +94,10 @@ def build(classes: Sequence[type], settings: Mapping[str, Setting], *, required:
                 annotations[field.name], owner[field.name] = hints[field.name], cls
     for key, setting in settings.items():
         if key not in owner:
-            what = "unknown option" if setting.place.startswith("--") else f"unknown key {key!r}"
-            raise UserError(f"{setting.place}: {what}{did_you_mean(key, owner)}")
+            if setting.place.startswith("--"):
+                close = did_you_mean(setting.place, [f"--{name}" for name in owner])
+                raise UserError(f"{setting.place}: unknown option{close}")
+            raise UserError(f"{setting.place}: unknown key {key!r}{did_you_mean(key, owner)}")
     missing = [key for key in required if key not in settings]
     if missing:
         raise UserError(f"missing: {', '.join(missing)} (in the file of --config, or as --{missing[0]} ...)")

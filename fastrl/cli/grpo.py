@@ -159,9 +159,9 @@ def load_splits(script: GRPOScriptArguments) -> DatasetDict:
             raise UserError(f"dataset_config: {error}") from error
     else:
         try:
-            if Path(name).is_file():
-                if Path(name).suffix not in _FILE_FORMATS:
-                    raise UserError(f"dataset_name: {name} is not one of {', '.join(_FILE_FORMATS)}")
+            if Path(name).suffix in _FILE_FORMATS:
+                if not Path(name).is_file():
+                    raise UserError(f"dataset_name: there is no file {name}")
                 splits = load_dataset(_FILE_FORMATS[Path(name).suffix], data_files=name)
             elif isinstance(config, dict):
                 raise UserError("dataset_config: a mapping is for reasoning_gym datasets; here it is a name, or null")
@@ -198,6 +198,8 @@ def _train(
         **(args.model_init_kwargs or {}),
     }
     args.model_init_kwargs = {key: value for key, value in init.items() if value is not None}
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # there is no device to copy to, and torch warns of it
     try:
         trainer = GRPOTrainer(
             model=model_path,

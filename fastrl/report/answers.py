@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -42,8 +43,14 @@ class Generated(NamedTuple):
 
 
 def load_model(path: str, dtype: str, device: torch.device | str) -> PreTrainedModel:
-    """A causal LM in eval mode, from a folder with weights or with a PEFT adapter (whose base model is then loaded)."""
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    """A causal LM in eval mode, from a folder with weights, or with a PEFT adapter, which stays trainable."""
+    model: Any
+    if (Path(path) / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype, is_trainable=True)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.to(device).eval()
 
 

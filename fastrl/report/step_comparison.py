@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from fastrl.integrations import LMHead, patch_model
 from fastrl.objectives import PolicyObjective, linear_policy_loss, policy_loss
 from fastrl.report.memory import Lap, MemoryMeter
+from fastrl.trainers.model_setup import disable_dropout
 from fastrl.trainers.rollouts import Rollouts
 from fastrl.trainers.scoring import model_inputs, takes_positions
 
@@ -242,9 +243,9 @@ class StepComparison:
         entry = max((difference.largest_entry for difference in self.differences.values()), default=0.0)
         lines += [
             "",
-            f"The same rollouts for each: {self.shape}. Forward and backward, without the AdamW update, each in a "
-            "process of its own; memory is the peak increase over the step, and over the loss (hidden states to "
-            f"gradients). The largest entry of eager's gradients is {entry:.1e}.",
+            f"The same rollouts for each: {self.shape}. Forward and backward, without dropout and the AdamW "
+            "update, each in a process of its own; memory is the peak increase over the step, and over the loss (from "
+            f"hidden states to their gradients). The largest entry of eager's gradients is {entry:.1e}.",
         ]
         return "\n".join(lines)
 
@@ -331,6 +332,7 @@ def _run_in_this_process(settings_file: Path) -> None:
     device = torch.device(settings["device"])
     model = load_model(settings["model"], settings["dtype"], device)
     model.train()
+    disable_dropout(model)  # sides that run other sequences would draw other masks
     batch = Rollouts(**load_file(settings_file.with_name("batch.safetensors"), device=str(device)))
     objective = PolicyObjective(**settings["objective"])
     arguments = {"temperature": settings["temperature"], "micro_batch": settings["micro_batch"]}

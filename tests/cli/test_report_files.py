@@ -151,3 +151,17 @@ def test_whole_report_of_a_run(project, capsys):
         assert difference["largest"] < 1e-5 and difference["relative"] < 1e-4 and difference["largest_entry"] > 0
     answers = (folder / "answers.md").read_text()
     assert "| n o p q r |" in answers and "greedy answers to 8 prompts" in answers
+
+
+def test_answers_and_step_of_an_adapter(project):
+    pytest.importorskip("peft")
+    words = ["--use_peft", "true", "--lora_r", "2", "--lora_dropout", "0.0", "--max_steps", "2", "--report", "answers"]
+    assert main(["grpo", "--config", "run.yaml", *words]) == 0
+    gradients = {}
+    for side in ("eager", "trainer"):
+        model = load_model(str(project / "out"), "float32", "cpu")
+        run_side(side, model, rollouts(), PolicyObjective())
+        gradients[side] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert all("lora_" in name for name in gradients["eager"])
+    assert max(gradient.abs().max() for gradient in gradients["eager"].values()) > 1e-3
+    torch.testing.assert_close(gradients["trainer"], gradients["eager"], atol=1e-6, rtol=1e-4)
