@@ -250,7 +250,9 @@ def policy_loss(
     """
     if logps.ndim != 2:
         raise ValueError(f"logps: expected shape (B, T), got {tuple(logps.shape)}")
-    tokens, mask = _check(logps.shape, logps.dtype, logps.device, advantages, mask, old_logps, ref_logps, importance_ratio)
+    tokens, mask = _check(
+        logps.shape, logps.dtype, logps.device, advantages, mask, old_logps, ref_logps, importance_ratio
+    )
     tokens = replace(tokens, logps=logps, entropy=entropy, mask=mask)
     weights = objective.token_weights(mask, normalizer, logps.dtype)
     live = objective.live_tokens(advantages=advantages, mask=mask, importance_ratio=importance_ratio)
@@ -422,8 +424,15 @@ def _check(
         if x is not None:
             validation.check_shape(name, x, (b, t), "one per token, as logps and ids")
     if importance_ratio is not None and importance_ratio.shape not in ((b, t), (b, 1)):
-        raise ValueError(f"importance_ratio: expected shape ({b}, {t}) or ({b}, 1), got {tuple(importance_ratio.shape)}")
-    inputs = {"advantages": advantages, "old_logps": old_logps, "ref_logps": ref_logps, "importance_ratio": importance_ratio}
+        raise ValueError(
+            f"importance_ratio: expected shape ({b}, {t}) or ({b}, 1), got {tuple(importance_ratio.shape)}"
+        )
+    inputs = {
+        "advantages": advantages,
+        "old_logps": old_logps,
+        "ref_logps": ref_logps,
+        "importance_ratio": importance_ratio,
+    }
     for name, x in inputs.items():
         if x is not None:
             validation.check_device(name, x, device)

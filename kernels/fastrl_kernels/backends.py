@@ -41,9 +41,7 @@ class Backend(Protocol):
         target: Tensor | None,
     ) -> None: ...
 
-    def group_advantages(
-        self, rewards: Tensor, group_ids: Tensor, baseline: str, scale: str, eps: float
-    ) -> Tensor: ...
+    def group_advantages(self, rewards: Tensor, group_ids: Tensor, baseline: str, scale: str, eps: float) -> Tensor: ...
 
 
 def triton_interpreted() -> bool:

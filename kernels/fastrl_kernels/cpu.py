@@ -26,7 +26,9 @@ def _tile(name: str, x: Tensor) -> Tensor:
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name}: the cpu row kernels take {', '.join(str(d) for d in _DTYPES)}, got {x.dtype}")
     if x.ndim != 2 or x.device.type != "cpu" or (x.shape[1] > 1 and x.stride(1) != 1) or x.stride(0) < 0:
-        raise ValueError(f"{name}: expected a CPU tensor (n, V) with contiguous rows, got {tuple(x.shape)} on {x.device}")
+        raise ValueError(
+            f"{name}: expected a CPU tensor (n, V) with contiguous rows, got {tuple(x.shape)} on {x.device}"
+        )
     return x
 
 

@@ -55,14 +55,22 @@ def find_objective(handle: str) -> TokenObjective:
     try:
         return _objectives[handle]
     except KeyError:
-        raise LookupError(f"objective {handle!r} no longer exists; keep a reference to it while its loss is in use") from None
+        raise LookupError(
+            f"objective {handle!r} no longer exists; keep a reference to it while its loss is in use"
+        ) from None
 
 
 def _autograd_enabled_here() -> torch._C._ForceDispatchKeyGuard:
     """Lets autograd record inside an operator's implementation, which runs with the autograd dispatch keys excluded."""
     keys = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
+    for key in (
+        keys.AutogradFunctionality,
+        keys.AutogradOther,
+        keys.AutogradCPU,
+        keys.AutogradCUDA,
+        keys.ADInplaceOrView,
+    ):
         excluded = excluded.remove(key)
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 

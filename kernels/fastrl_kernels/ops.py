@@ -148,7 +148,9 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: 
     return (
         torch.empty_like(hidden) if needs.hidden else hidden.new_empty(0),
         torch.empty_like(weight) if needs.weight else weight.new_empty(0),
-        torch.empty_like(bias) if needs.bias and bias is not None else weight.new_empty(0, dtype=accumulation_dtype(weight.dtype)),
+        torch.empty_like(bias)
+        if needs.bias and bias is not None
+        else weight.new_empty(0, dtype=accumulation_dtype(weight.dtype)),
     )
 
 
@@ -202,9 +204,7 @@ def logprobs_from_logits(
 
 
 @logprobs_from_logits.register_fake
-def _(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, entropy: bool, temperature: float, backend: str
-) -> Outputs:
+def _(logits: Tensor, ids: Tensor, mask: Tensor | None, entropy: bool, temperature: float, backend: str) -> Outputs:
     return _fake_outputs(logits, ids.shape[0], accumulation_dtype(logits.dtype), entropy)
 
 
@@ -353,9 +353,7 @@ linear_policy_loss.register_autograd(_linear_policy_loss_backward, setup_context
 
 
 @torch.library.custom_op("fastrl::group_advantages", mutates_args=())
-def group_advantages(
-    rewards: Tensor, group_ids: Tensor, baseline: str, scale: str, eps: float, backend: str
-) -> Tensor:
+def group_advantages(rewards: Tensor, group_ids: Tensor, baseline: str, scale: str, eps: float, backend: str) -> Tensor:
     """`(r - baseline) / (std + eps)` within groups of equal ids, (B,)."""
     return backends.load(backend).group_advantages(rewards, group_ids, baseline, scale, eps)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import fastrl
 import pytest
 import torch
 from fastrl_kernels import engine, ops
 from tolerance import assert_as_accurate
 from torch import Tensor
+
+import fastrl
 
 CPU_BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -24,13 +25,18 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "CPU_SCORE_ROWS", 4)
 
 
-def inputs(n: int, d: int, v: int, dtype: torch.dtype, bias: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def inputs(
+    n: int, d: int, v: int, dtype: torch.dtype, bias: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     hidden, weight = torch.randn(n, d).to(dtype), (torch.randn(v, d) / d**0.5).to(dtype)
     return hidden, weight, torch.randint(v, (n,)), torch.randn(v).to(dtype) if bias else None
 
 
 def run(
-    call: Callable[..., fastrl.TokenStats], tensors: list[Tensor | None], upstream: list[Tensor], at: torch.dtype | None = None
+    call: Callable[..., fastrl.TokenStats],
+    tensors: list[Tensor | None],
+    upstream: list[Tensor],
+    at: torch.dtype | None = None,
 ) -> list[Tensor]:
     """logps, entropy, lse and the gradients of the given tensors, with a random upstream gradient per token."""
     leaves = [None if x is None else x.detach().to(at or x.dtype).requires_grad_() for x in tensors]
@@ -64,7 +70,14 @@ def check_against_fp64(n: int, d: int, v: int, dtype: torch.dtype) -> None:
 
             def call(backend: str) -> Callable[..., fastrl.TokenStats]:
                 return lambda h, w, b: fastrl.linear_logprobs(
-                    h, w, ids, bias=b, mask=mask, entropy=True, backend=backend, **options  # noqa: B023
+                    h,
+                    w,
+                    ids,
+                    bias=b,
+                    mask=mask,
+                    entropy=True,
+                    backend=backend,
+                    **options,  # noqa: B023
                 )
 
             tensors = [hidden, weight, bias]
@@ -85,7 +98,12 @@ def test_logprobs_from_logits_matches_fp64(dtype: torch.dtype) -> None:
 
         def call(backend: str) -> Callable[..., fastrl.TokenStats]:
             return lambda x: fastrl.logprobs_from_logits(
-                x, ids, temperature=0.7, mask=mask, entropy=True, backend=backend  # noqa: B023
+                x,
+                ids,
+                temperature=0.7,
+                mask=mask,
+                entropy=True,
+                backend=backend,
             )
 
         truth = run(call("reference"), [logits], upstream, torch.float64)
@@ -197,7 +215,10 @@ def test_strided_expanded_and_transposed_inputs() -> None:
     expanded = torch.randn(1, d, dtype=torch.float64).expand(n, d)
     for h in (hidden, expanded, hidden.reshape(2, 3, d), hidden.reshape(3, 2, d).transpose(0, 1)):
         token_ids = ids.reshape(h.shape[:-1])
-        for upstream in (torch.randn(1, dtype=torch.float64).expand(h.shape[:-1]), torch.randn(h.shape[:-1], dtype=torch.float64)):
+        for upstream in (
+            torch.randn(1, dtype=torch.float64).expand(h.shape[:-1]),
+            torch.randn(h.shape[:-1], dtype=torch.float64),
+        ):
             results = []
             for backend in CPU_BACKENDS:
                 x, w = h.detach().requires_grad_(), weight.detach().requires_grad_()
@@ -246,7 +267,9 @@ def test_65537_rows() -> None:
     n, v = 65537, 3
     hidden, weight, ids, _ = inputs(n, 2, v, torch.float32)
     logps = fastrl.linear_logprobs(hidden, weight, ids).logps
-    torch.testing.assert_close(logps, (hidden @ weight.T).log_softmax(-1).gather(-1, ids[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logps, (hidden @ weight.T).log_softmax(-1).gather(-1, ids[:, None])[:, 0], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_infinite_bias_in_whole_blocks(small_tiles: None) -> None:
@@ -287,12 +310,18 @@ def test_large_common_offset(offset: float) -> None:
 def test_frozen_weight_allocates_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
     make_zeros, mm = torch.Tensor.new_zeros, torch.mm
-    monkeypatch.setattr(torch.Tensor, "new_zeros", lambda self, *a, **k: shapes.append(tuple((x := make_zeros(self, *a, **k)).shape)) or x)
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_zeros",
+        lambda self, *a, **k: shapes.append(tuple((x := make_zeros(self, *a, **k)).shape)) or x,
+    )
     monkeypatch.setattr(torch, "mm", lambda *a, **k: shapes.append(tuple((x := mm(*a, **k)).shape)) or x)
     hidden, weight, ids, _ = inputs(6, 8, 600, torch.float32)
     for needed in (False, True):
         shapes.clear()
-        fastrl.linear_logprobs(hidden.detach().requires_grad_(), weight.detach().requires_grad_(needed), ids).logps.sum().backward()
+        fastrl.linear_logprobs(
+            hidden.detach().requires_grad_(), weight.detach().requires_grad_(needed), ids
+        ).logps.sum().backward()
         assert ((600, 8) in shapes) == needed
 
 

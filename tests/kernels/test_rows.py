@@ -38,7 +38,12 @@ def truth_stats(tile: Tensor, ids: Tensor, transform: LogitTransform, bias: Tens
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", SIZES)
 def test_stats_match_fp64(v: int, dtype: torch.dtype) -> None:
-    for transform in (LogitTransform(), LogitTransform(0.7, 1.3), LogitTransform(1.5, -0.5, 5.0), LogitTransform(softcap=30.0)):
+    for transform in (
+        LogitTransform(),
+        LogitTransform(0.7, 1.3),
+        LogitTransform(1.5, -0.5, 5.0),
+        LogitTransform(softcap=30.0),
+    ):
         for bias in (None, torch.randn(v)):
             tile = (torch.randn(5, v) * 4 - 20).to(dtype)  # all negative: a counted padding column would win
             ids = torch.randint(v, (5,))
@@ -66,15 +71,31 @@ def test_grad_matches_fp64(v: int, dtype: torch.dtype) -> None:
 
             def plain_grad(at: torch.dtype) -> Tensor:
                 x = tile.detach().to(at).requires_grad_()  # noqa: B023
-                outputs = truth_stats(x, ids, transform, bias) if at == torch.float64 else list(  # noqa: B023
-                    reference.logprobs_from_logits(reference.transform_logits(x, transform, bias), ids, LogitTransform(), None, True)  # noqa: B023
+                outputs = (
+                    truth_stats(x, ids, transform, bias)
+                    if at == torch.float64
+                    else list(
+                        reference.logprobs_from_logits(
+                            reference.transform_logits(x, transform, bias), ids, LogitTransform(), None, True
+                        )
+                    )
                 )
                 total = sum((o * g.to(at)).sum() for o, g in zip(outputs, upstream, strict=True) if o is not None)  # noqa: B023
                 return torch.autograd.grad(total, x)[0]  # type: ignore[arg-type]
 
             stats = cpu.row_stats(tile, ids, transform, bias, True)
             before, out = tile.clone(), torch.full_like(tile, torch.nan)
-            cpu.row_grad(tile, out, ids, transform, bias, stats.row_max, stats.log_sum, stats.mean, *(upstream[i] for i in (0, 1, 2)))
+            cpu.row_grad(
+                tile,
+                out,
+                ids,
+                transform,
+                bias,
+                stats.row_max,
+                stats.log_sum,
+                stats.mean,
+                *(upstream[i] for i in (0, 1, 2)),
+            )
             plain = plain_grad(dtype if dtype != torch.bfloat16 else torch.float32).to(dtype)
             assert_as_accurate(out, plain, plain_grad(torch.float64), f"gradient V={v} {transform}")
             assert torch.equal(tile, before)
@@ -88,7 +109,9 @@ def test_padding_never_counts_with_softcap(softcap: float) -> None:
     for v in (1, 3, 129, 507):
         tile = torch.full((2, v), -50.0 * softcap)
         stats = cpu.row_stats(tile, torch.zeros(2, dtype=torch.int64), LogitTransform(softcap=softcap), None, True)
-        torch.testing.assert_close(stats.logps, torch.full((2,), -1.0) * torch.tensor(float(v)).log(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            stats.logps, torch.full((2,), -1.0) * torch.tensor(float(v)).log(), rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
@@ -130,7 +153,9 @@ def test_a_bad_row_stays_alone(bad: float, column: int) -> None:
 
 
 def test_all_infinite_row_is_nan_as_in_log_softmax() -> None:
-    stats = cpu.row_stats(torch.full((1, 10), -torch.inf), torch.zeros(1, dtype=torch.int64), LogitTransform(), None, True)
+    stats = cpu.row_stats(
+        torch.full((1, 10), -torch.inf), torch.zeros(1, dtype=torch.int64), LogitTransform(), None, True
+    )
     assert stats.logps.isnan().all() and torch.full((1, 10), -torch.inf).log_softmax(-1).isnan().all()
 
 
@@ -169,7 +194,9 @@ def test_moves_and_strides() -> None:
     cpu.row_grad(tile, whole, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.mean, g, g, g)
     rest = wide.clone()
     source, target = torch.tensor([0, 5, 4]), torch.tensor([0, 1, 2])
-    cpu.row_grad(tile, tile, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.mean, g, g, g, source, target)
+    cpu.row_grad(
+        tile, tile, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.mean, g, g, g, source, target
+    )
     assert torch.equal(tile[:3], whole[source])
     rest[:3, 7:57] = tile[:3]
     assert torch.equal(wide, rest), "wrote outside its rows"
@@ -208,7 +235,11 @@ def test_wrong_arguments_are_named() -> None:
 
 def test_reference_row_functions_agree() -> None:
     """The tile-level definitions equal the op-level ones, which use log_softmax and autograd."""
-    tile, ids, bias = torch.randn(5, 40, dtype=torch.float64), torch.randint(40, (5,)), torch.randn(40, dtype=torch.float64)
+    tile, ids, bias = (
+        torch.randn(5, 40, dtype=torch.float64),
+        torch.randint(40, (5,)),
+        torch.randn(40, dtype=torch.float64),
+    )
     transform, g = LogitTransform(0.8, 1.2, 4.0), [torch.randn(5, dtype=torch.float64) for _ in range(3)]
     x = tile.clone().requires_grad_()
     truth = truth_stats(x, ids, transform, bias)

@@ -7,10 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import fastrl
 import pytest
 import torch
 from torch import Tensor
+
+import fastrl
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 RTOL = 1e-6
@@ -158,7 +159,9 @@ def test_leave_one_out(case: dict[str, Any], backend: str) -> None:
     config, inputs = case["config"], case["inputs"]
     per_func, weights = tensor(inputs["rewards_per_func"]), tensor(config.get("reward_weights"))
     assert per_func is not None
-    rewards = (per_func * (1.0 if weights is None else weights)).nansum(-1).masked_fill(per_func.isnan().all(-1), torch.nan)
+    rewards = (
+        (per_func * (1.0 if weights is None else weights)).nansum(-1).masked_fill(per_func.isnan().all(-1), torch.nan)
+    )
     if config.get("reward_clip_range"):
         rewards = rewards.clamp(*config["reward_clip_range"])
     if config.get("beta", 0.0) != 0.0:

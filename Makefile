@@ -1,0 +1,70 @@
+# Every target makes what it needs: a virtual environment in the repository, torch first, then the pinned rest, then the
+# extension. A second call re-uses all of it.
+#
+#   make demo           GRPO on a real language model, about ten minutes on two CPU cores
+#   make test           every backend against the fp64 reference
+#   make test-full      the exhaustive sweeps too
+#   make test-triton36  the Triton kernels under triton 3.6
+#   make bench          the fused loss against eager PyTorch and the bare GEMMs
+#   make lint           ruff and mypy
+#
+# On a machine with a GPU: make demo TORCH=torch
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test test-full test-triton36 bench lint clean
+.DELETE_ON_ERROR:
+
+$(VENV)/torch.done:
+	@echo "== virtual environment in $(VENV), with $(TORCH)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet numpy "$(TORCH)"
+	@touch $@
+
+$(VENV)/packages.done: $(VENV)/torch.done requirements/run.txt requirements/no-deps.txt requirements/dev.txt
+	@echo "== pinned packages"
+	$(PIP) install --quiet -r requirements/run.txt -r requirements/dev.txt
+	$(PIP) install --quiet --no-deps -r requirements/no-deps.txt
+	@touch $@
+
+$(VENV)/build.done: $(VENV)/packages.done $(SOURCES)
+	@echo "== building the C++ extension"
+	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+demo: $(VENV)/build.done
+	@echo "== GRPO on SmolLM2-135M-Instruct"
+	$(BIN)/fastrl grpo --config examples/grpo_smollm2.yaml --resume
+
+test: $(VENV)/build.done
+	@echo "== tests"
+	$(BIN)/python -m pytest
+
+test-full: $(VENV)/build.done
+	$(BIN)/python -m pytest -m "full or not full"
+
+$(VENV)-triton36/done:
+	@echo "== virtual environment with triton 3.6"
+	$(PYTHON) -m venv $(VENV)-triton36
+	$(VENV)-triton36/bin/python -m pip --disable-pip-version-check install --quiet numpy "$(TORCH)" pytest
+	$(VENV)-triton36/bin/python -m pip --disable-pip-version-check install --quiet --no-deps triton==3.6.0
+	@touch $@
+
+test-triton36: $(VENV)-triton36/done
+	PYTHONPATH=.:kernels $(VENV)-triton36/bin/python -m pytest tests/triton
+
+bench: $(VENV)/build.done
+	$(BIN)/python bench/policy_loss.py
+
+lint: $(VENV)/build.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(VENV)-triton36 build
