@@ -85,19 +85,19 @@ def run(arguments: argparse.Namespace) -> int:
     """
     script, args = read_arguments(arguments.config, arguments.overrides)
     reward_funcs = _reward_funcs(script)
-    from fastrl.cli.runs import choose_start, complete_from_checkpoint, has_model
+    from fastrl.cli.runs import choose_start, complete_from_checkpoint
 
-    output_dir = Path(str(args.output_dir))
-    start = choose_start(output_dir, resume=arguments.resume, fresh=arguments.fresh)
-    _say(start.message)
     dataset = load_splits(script)
     train_dataset = dataset[script.dataset_train_split]
     model_path = _model_path(script)
+    output_dir = Path(str(args.output_dir))
+    start = choose_start(output_dir, resume=arguments.resume, fresh=arguments.fresh)
+    _say(start.message)
     if start.checkpoint is None or not _is_finished(start.checkpoint, args):
         _train(script, args, model_path, reward_funcs, dataset, start.checkpoint)
     else:
         _say("this run is finished: use --fresh to train anew, or a higher max_steps to train on")
-        if args.should_save and not has_model(output_dir):
+        if args.should_save:
             complete_from_checkpoint(output_dir, start.checkpoint)
     if script.report and args.should_save:
         from fastrl.report import write_report
@@ -187,8 +187,6 @@ def _train(
     dataset: DatasetDict,
     checkpoint: Path | None,
 ) -> None:
-    from transformers import AutoTokenizer
-
     from fastrl.trainers.grpo import GRPOTrainer
 
     init = {
@@ -207,7 +205,7 @@ def _train(
             args=args,
             train_dataset=dataset[script.dataset_train_split],
             eval_dataset=dataset.get(script.dataset_test_split) if args.eval_strategy != "no" else None,
-            processing_class=AutoTokenizer.from_pretrained(model_path, revision=script.model_revision),
+            processing_class=_tokenizer(script, args, model_path),
             peft_config=_peft_config(script),
         )
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -221,6 +219,14 @@ def _train(
     trainer.save_model(args.output_dir)
     trainer.save_state()
     _say(f"model saved to {args.output_dir}")
+
+
+def _tokenizer(script: GRPOScriptArguments, args: GRPOConfig, model_path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        model_path, revision=script.model_revision, trust_remote_code=args.trust_remote_code
+    )
 
 
 def _reward_funcs(script: GRPOScriptArguments) -> list[Any]:

@@ -30,12 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if arguments.debug:
             traceback.print_exc()
-        print(f"fastrl {arguments.command}: {error}", file=sys.stderr)
+        print(f"fastrl {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if arguments.debug:
             traceback.print_exc()
-        print(f"\nfastrl {arguments.command}: interrupted", file=sys.stderr)
+        hint = "; --resume continues from the newest checkpoint" if "resume" in arguments else ""
+        print(f"\nfastrl {arguments.command}: interrupted{hint}", file=sys.stderr)
         return 130
 
 

@@ -55,6 +55,11 @@ def choose_start(output_dir: str | Path, *, resume: bool, fresh: bool) -> Start:
             "(keeps the earlier run under another name), or choose another --output_dir"
         )
     checkpoint = newest_complete(folder)  # warns of each that it passes over
+    if checkpoint is None and saved_step(folder) is not None:
+        raise UserError(
+            f"output_dir {folder} holds the result of a run but no complete checkpoint to resume: start over with "
+            "--fresh (keeps it under another name), or choose another --output_dir"
+        )
     if checkpoint is None:
         return Start(None, f"no complete checkpoint in {folder}: starting the run again from its first step")
     return Start(Path(checkpoint), f"resuming from {checkpoint}")
@@ -64,12 +69,17 @@ def holds_run(folder: Path) -> bool:
     """Whether a folder holds a checkpoint, complete or not, or the result of a run."""
     if not folder.is_dir():
         return False
-    return any(_CHECKPOINT.fullmatch(path.name) for path in folder.iterdir()) or has_model(folder)
+    return any(_CHECKPOINT.fullmatch(path.name) for path in folder.iterdir()) or saved_step(folder) is not None
 
 
-def has_model(folder: Path) -> bool:
-    """Whether a run's result, a model or an adapter, was saved here whole: its state is written last."""
-    return (folder / "trainer_state.json").exists() and any((folder / name).exists() for name in _MODEL_FILES)
+def saved_step(folder: Path) -> int | None:
+    """The optimizer step of the result, a model or an adapter, that a run saved here; None if there is none.
+
+    The state is written last, so a result that is only half there does not count.
+    """
+    if not any((folder / name).exists() for name in _MODEL_FILES) or not (folder / "trainer_state.json").exists():
+        return None
+    return int(read_trainer_state(folder)["global_step"])
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
@@ -89,7 +99,9 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def complete_from_checkpoint(folder: Path, checkpoint: Path) -> None:
-    """Put the last checkpoint's model into a run's folder, for a run that was killed before it saved its result."""
+    """Put the last checkpoint's model into a run's folder, if the run was killed before it saved its result there."""
+    if saved_step(folder) == read_trainer_state(checkpoint)["global_step"]:
+        return
     for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == "trainer_state.json"):
         if path.is_file() and not _TRAINER_FILES.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)

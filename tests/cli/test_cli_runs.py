@@ -9,7 +9,7 @@ import pytest
 
 from fastrl.cli import main
 from fastrl.cli.errors import UserError
-from fastrl.cli.runs import choose_start, complete_from_checkpoint, has_model
+from fastrl.cli.runs import choose_start, complete_from_checkpoint, saved_step
 
 TIMES = {"step_time", "tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
@@ -68,9 +68,29 @@ def test_run_killed_before_its_result_was_saved_is_completed(project):
         if path.is_file():
             path.unlink()
     assert main(["grpo", "--config", "run.yaml", "--max_steps", "2", "--resume"]) == 0
-    assert has_model(project / "out")
+    assert saved_step(project / "out") == 2
     assert (project / "out" / "model.safetensors").read_bytes() == weights
     assert not (project / "out" / "optimizer.pt").exists()
+
+
+def test_result_of_an_earlier_shorter_run_is_replaced(project):
+    assert main(["grpo", "--config", "run.yaml", "--max_steps", "2"]) == 0
+    short = (project / "out" / "model.safetensors").read_bytes()
+    state = (project / "out" / "trainer_state.json").read_text()
+    assert main(["grpo", "--config", "run.yaml", "--max_steps", "4", "--resume"]) == 0
+    longer = (project / "out" / "model.safetensors").read_bytes()
+    # Killed after its last checkpoint, the longer run would have left the result of the shorter one.
+    (project / "out" / "model.safetensors").write_bytes(short)
+    (project / "out" / "trainer_state.json").write_text(state)
+    assert main(["grpo", "--config", "run.yaml", "--max_steps", "4", "--resume"]) == 0
+    assert (project / "out" / "model.safetensors").read_bytes() == longer != short
+
+
+def test_a_result_without_checkpoints_is_not_overwritten(project, capsys):
+    words = ["--max_steps", "1", "--save_strategy", "no"]
+    assert main(["grpo", "--config", "run.yaml", *words]) == 0
+    assert main(["grpo", "--config", "run.yaml", *words, "--resume"]) == 2
+    assert "holds the result of a run but no complete checkpoint to resume" in capsys.readouterr().err
 
 
 def test_a_broken_newest_checkpoint_is_passed_over(project):
@@ -80,6 +100,9 @@ def test_a_broken_newest_checkpoint_is_passed_over(project):
     start = choose_start(project / "out", resume=True, fresh=False)
     assert start.checkpoint is not None and start.checkpoint.name == "checkpoint-2"
     shutil.rmtree(project / "out" / "checkpoint-2")
+    with pytest.raises(UserError, match="no complete checkpoint to resume"):
+        choose_start(project / "out", resume=True, fresh=False)
+    (project / "out" / "trainer_state.json").unlink()  # as if it had been killed
     start = choose_start(project / "out", resume=True, fresh=False)
     assert start.checkpoint is None and "starting the run again from its first step" in start.message
 
@@ -111,7 +134,7 @@ def test_only_what_belongs_to_the_model_is_taken_from_a_checkpoint(tmp_path):
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()
     for name in names:
-        (checkpoint / name).touch()
+        (checkpoint / name).write_text('{"global_step": 7}')
     complete_from_checkpoint(tmp_path, checkpoint)
     taken = {path.name for path in tmp_path.iterdir() if path.is_file()}
     assert taken == {"model.safetensors", "config.json", "tokenizer.json", "trainer_state.json"}
