@@ -1,0 +1,56 @@
+"""Two processes on the CPU (gloo): DDP gives the gradients of one process, FSDP2 those of the whole model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import two_processes
+
+SCRIPT = Path(two_processes.__file__)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of one launch of two processes."""
+    directory = tmp_path_factory.mktemp("two")
+    search = os.pathsep.join([str(SCRIPT.parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT, directory],
+        env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    results: dict[str, Any] = torch.load(directory / "found.pt")
+    return results
+
+
+@pytest.mark.parametrize("kind", two_processes.KINDS)
+def test_ddp_equals_one_process(tmp_path: Path, found: dict[str, Any], kind: str) -> None:
+    """Uneven completions, and groups without a gradient, so that now and then one process has nothing to do."""
+    one, two = two_processes.train(kind, tmp_path, batch=8), found[kind]
+    assert len(one["grads"]) == len(two["grads"]) == 4
+    for step, (want, got) in enumerate(zip(one["grads"], two["grads"], strict=True)):
+        assert want.keys() == got.keys()
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=2e-3, atol=2e-6, msg=f"step {step} {name}")
+    for want, got in zip(one["logs"], two["logs"], strict=True):
+        for name in want:
+            if name.startswith(("reward", "completions", "live", "loss", "num_tokens", "frac", "entropy_coef")):
+                assert got[name] == pytest.approx(want[name], abs=1e-5), name
+
+
+def test_ddp_resumes_bitwise(found: dict[str, Any]) -> None:
+    for name, weight in found["dapo"]["weights"].items():
+        assert torch.equal(found["resumed"]["weights"][name], weight), name
+
+
+def test_fsdp2_scores_with_a_sharded_head(found: dict[str, Any]) -> None:
+    assert len(found["shard"]) > 40
+    for what, difference in found["shard"].items():
+        assert difference < 1e-5, (what, difference)

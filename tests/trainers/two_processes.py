@@ -1,0 +1,118 @@
+"""What test_distributed.py starts in two processes, and in part itself; the results go into a file."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import conftest
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from tiny_runs import GradientRecorder, ScriptedEngine, count_letters, tiny_model
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from fastrl.integrations import LMHead, patch_model
+from fastrl.trainers import GRPOConfig, GRPOTrainer
+
+PROMPTS = ["a", "b c", "d e f", "g h i j", "k", "l m", "n o p q r", "s t"]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dapo": {},
+    "grpo": {"loss_type": "grpo"},
+    "entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.05, "entropy_target": 5.0},
+}
+
+
+def train(kind: str, directory: Path, batch: int, resume: bool = False) -> dict[str, Any]:
+    """Four optimizer steps of 8 sequences, whatever the number of processes: gradients, weights and logs."""
+    recorder = GradientRecorder()
+    args = GRPOConfig(
+        str(directory),
+        per_device_train_batch_size=batch,
+        num_generations=4,
+        max_completion_length=8,
+        max_steps=4,
+        learning_rate=1e-2,
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=2,
+        report_to="none",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        **KINDS[kind],
+    )
+
+    def unanimous_for_early_prompts(prompts: list[str], completions: list[str]) -> list[float]:
+        return [1.0 if p[0] < "h" else r for p, r in zip(prompts, count_letters(completions), strict=True)]
+
+    trainer = GRPOTrainer(
+        tiny_model(),
+        unanimous_for_early_prompts,
+        args,
+        Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=conftest.tokenizer.__wrapped__(),
+        callbacks=[recorder],
+        rollout_engine=ScriptedEngine(),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    grads = [{name.removeprefix("module."): g for name, g in step.items()} for step in recorder.grads]
+    weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    logs = [{k: v for k, v in log.items() if isinstance(v, float)} for log in trainer.state.log_history[:-1]]
+    return {"grads": grads, "weights": weights, "logs": logs}
+
+
+def shard() -> dict[str, float]:
+    """A model sharded by FSDP2, root parameters and lm_head included: outputs and gradients, in train and in eval."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ids = torch.arange(6, 30).view(4, 6)
+    upstream = torch.randn(4, 6, 42, generator=torch.Generator().manual_seed(0))
+
+    def logits(hidden: Tensor, head: LMHead) -> Tensor:
+        return nn.functional.linear(hidden, head.weight)
+
+    results: dict[str, float] = {}
+    for own_head in (False, True):
+        whole, sharded = tiny_model(), tiny_model()
+        for layer in sharded.model.layers:
+            fully_shard(layer, mesh=mesh)
+        if own_head:  # a group of its own: gathered by the head's hooks, not by the root's
+            fully_shard(sharded.lm_head, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        with patch_model(whole), patch_model(sharded):
+            for train_mode in (True, False):
+                whole.train(train_mode)
+                sharded.train(train_mode)
+                with torch.set_grad_enabled(train_mode):
+                    expected = whole(input_ids=ids, fastrl_head=logits)
+                    (actual,) = sharded(input_ids=ids, fastrl_head=lambda hidden, head: (logits(hidden, head),))
+                results[f"outputs own_head={own_head} train={train_mode}"] = (actual - expected).abs().max().item()
+                if train_mode:  # read at once: a forward in eval mode leaves the root gathered, without gradients
+                    (expected * upstream).sum().backward()
+                    (actual * upstream).sum().backward()
+                    wanted = {name: p.grad for name, p in whole.named_parameters()}
+                    for name, parameter in sharded.named_parameters():
+                        difference = (parameter.grad.full_tensor() - wanted[name]).abs().max() / wanted[
+                            name
+                        ].abs().max()
+                        results[f"gradient own_head={own_head} {name}"] = (difference / wanted[name].abs().max()).item()
+    return results
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run = Path(sys.argv[1])
+    found = {kind: train(kind, run / kind, batch=4) for kind in KINDS}
+    if dist.get_rank() == 0:
+        shutil.rmtree(run / "dapo" / "checkpoint-4")
+    dist.barrier()
+    found["resumed"] = train("dapo", run / "dapo", batch=4, resume=True)
+    found["shard"] = shard()  # type: ignore[assignment]
+    if dist.get_rank() == 0:
+        torch.save(found, run / "found.pt")
+    dist.destroy_process_group()
