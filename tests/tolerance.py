@@ -9,7 +9,7 @@ FLOOR = {torch.float64: 1e-13, torch.float32: 5e-7, torch.bfloat16: 1e-3, torch.
 
 
 def error(x: Tensor, truth: Tensor) -> float:
-    """|x - truth| / |truth| in the Euclidean norm; inf and NaN in the same places count as equal, elsewhere as infinite."""
+    """|x - truth| / |truth|, Euclidean norms; inf and NaN in the same places are equal, elsewhere an infinite error."""
     x, truth = x.detach().double(), truth.detach().double()
     assert x.shape == truth.shape
     same = (x == truth) | (x.isnan() & truth.isnan())

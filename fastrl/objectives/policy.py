@@ -56,7 +56,7 @@ class PolicyObjective:
             the policy term (DeepSeek-V3.2), or None.
         max_completion_length: tokens, needed by dr_grpo unless a normalizer is given.
 
-    A subclass that overrides `token_loss` (plain PyTorch, differentiable) works in every form, the single pass included.
+    A subclass that overrides `token_loss` (plain PyTorch, differentiable) works in every form, single pass included.
     If it needs other tokens than the one it scores, it also overrides `token_local` to be False.
 
     Raises:
@@ -181,7 +181,7 @@ class PolicyObjective:
 
     @torch.no_grad()
     def metrics(self, tokens: TokenBatch, mask: Tensor, live: Tensor) -> dict[str, Tensor]:
-        """TRL's metrics. kl and entropy: means over the scored tokens (`tokens.mask`); clip ratios: shares of `mask`."""
+        """TRL's metrics. kl and entropy: means over scored tokens (`tokens.mask`); clip ratios: shares of `mask`."""
         scored = mask if tokens.mask is None else tokens.mask
         dtype = tokens.logps.dtype
         count = mask.sum().clamp(min=1)
@@ -241,8 +241,9 @@ def policy_loss(
         entropy: per token, nats; needed with entropy_coef or top_entropy_quantile, else for the metric only.
         importance_ratio: constant factor of the policy term (rollout-mismatch correction), `(B, T)` or `(B, 1)`.
         sampling_logps: logps given by the rollout engine, for the off-policy mask; NaN counts as no difference.
-        normalizer: denominator of the aggregation (its meaning is the loss type's, see `PolicyObjective`). The losses of
-            micro-batches that share the whole batch's normalizer add up to the whole batch's loss. None: this batch's own.
+        normalizer: denominator of the aggregation (its meaning is the loss type's, see `PolicyObjective`). The losses
+            of micro-batches that share the whole batch's normalizer add up to the whole batch's loss. None: this
+            batch's own.
         entropy_normalizer: tokens over which the bonus averages the entropy. None: this batch's own.
 
     Raises:
@@ -272,11 +273,11 @@ def _evaluate(
     assert scored is not None  # both callers set it
 
     def clean(x: Tensor | None) -> Tensor | None:  # so that 0 * inf can't happen, in values and in gradients
-        if x is None:
-            return None
-        return torch.where(scored, x, 0.0) if x.shape == scored.shape else x
+        return x if x is None or x.shape != scored.shape else torch.where(scored, x, 0.0)
 
-    tokens = TokenBatch(*(clean(getattr(tokens, f.name)) for f in fields(tokens) if f.name != "mask"), mask=scored)  # type: ignore[arg-type]
+    constants = (clean(x) for x in (tokens.old_logps, tokens.ref_logps, tokens.gate))
+    logps, advantages = torch.where(scored, tokens.logps, 0.0), clean(tokens.advantages)
+    tokens = TokenBatch(logps, clean(tokens.entropy), advantages, *constants, scored)  # type: ignore[arg-type]
     bonus_mask = scored
     if objective.top_entropy_quantile < 1:
         bonus_mask = _top_entropy(_needed(tokens.entropy, "entropy", "top_entropy_quantile"), scored, objective)

@@ -106,4 +106,4 @@ def choose(backend: str | None, device: torch.device) -> str:
 @functools.cache
 def load(name: str) -> Backend:
     """The module of a backend that `choose` returned."""
-    return importlib.import_module(_MODULES[name], __package__)  # type: ignore[return-value]
+    return importlib.import_module(_MODULES[name], __package__)

@@ -13,7 +13,7 @@ from .head import LogitTransform
 
 
 class TokenStats(NamedTuple):
-    """Statistics of given tokens, each of the shape of `ids`, fp32 (fp64 for fp64 inputs); exactly 0 outside the mask."""
+    """Statistics of given tokens, in the shape of `ids`, fp32 (fp64 for fp64 inputs); exactly 0 outside the mask."""
 
     logps: Tensor  # log-probability of the token, natural logarithm
     entropy: Tensor | None  # entropy of the distribution it was drawn from, in nats; None unless asked for

@@ -90,7 +90,7 @@ def coefficients(
         entropy = None if tokens.entropy is None else tokens.entropy.detach().requires_grad_()
         live = TokenBatch(logps, entropy, tokens.advantages, tokens.old_logps, tokens.ref_logps, tokens.gate)
         terms = objective.token_loss(live) * weight
-        if entropy_weight is not None:
+        if entropy_weight is not None and entropy is not None:
             terms = terms - entropy_weight * entropy
         inputs = [logps] if entropy is None else [logps, entropy]
         grads = torch.autograd.grad(terms.sum(), inputs, allow_unused=True)

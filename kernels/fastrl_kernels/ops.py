@@ -1,4 +1,4 @@
-"""The operators `fastrl::*`: torch.library registration, fakes and autograd. Arguments are validated in `validation`."""
+"""The operators `fastrl::*`: torch.library registration, fakes, autograd. `functional` validates the arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _head(
     group: str,
 ) -> tuple[Head, int]:
     """The head of a call, and the size of its whole vocabulary. `group` is the name of a process group, or empty."""
-    process_group = dist.distributed_c10d._resolve_process_group(group) if group else None
+    process_group = dist.distributed_c10d._resolve_process_group(group) if group else None  # type: ignore[arg-type]
     first_id, vocabulary = (0, weight.shape[0]) if process_group is None else shard_start(weight, process_group)
     head = Head(hidden, weight, bias, ids, transform, backends.load(backend), process_group, first_id)
     return head, vocabulary

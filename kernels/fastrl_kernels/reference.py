@@ -35,7 +35,7 @@ def logprobs_from_logits(
     mask: Tensor | None = None,  # (N,)
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`log_softmax(logits).gather(ids)`, entropy and log-sum-exp, each (N,); rows outside the mask are 0 and never read."""
+    """`log_softmax(logits).gather(ids)`, entropy, log-sum-exp, each (N,); rows outside the mask are 0, never read."""
     n = ids.shape[0]
     rows = torch.arange(n, device=ids.device) if mask is None else mask.nonzero().squeeze(-1)
     z = transform_logits(logits[rows], transform)
@@ -68,7 +68,7 @@ def linear_logprobs(
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, baseline: str, scale: str, eps: float) -> Tensor:
-    """`(r - baseline) / (std + eps)` per group, (B,); NaN rewards take no part and get 0. See `ops.group_advantages`."""
+    """`(r - baseline) / (std + eps)` per group, (B,); NaN rewards get 0. See `functional.group_advantages`."""
     r = rewards.to(torch.float64)
     scored = ~r.isnan()
     _, group = group_ids.unique(return_inverse=True)

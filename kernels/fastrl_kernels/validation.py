@@ -45,19 +45,20 @@ def check_weight(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> None:
     check_floating("hidden", hidden)
     if hidden.ndim < 1:
         raise ValueError("hidden: expected shape (..., D), got a scalar")
-    if type(weight).__name__ == "DTensor" or hasattr(weight, "ds_id"):
-        sharded = "a DTensor" if type(weight).__name__ == "DTensor" else "a ZeRO-3 parameter"
-        if type(weight).__name__ == "DTensor" or weight.numel() == 0:
-            raise ValueError(
-                f"weight: {sharded} is sharded outside its module's forward. Compute the loss inside the model's forward "
-                "(fastrl.patch_model does), or gather it first (weight.full_tensor(), or "
-                "deepspeed.zero.GatheredParameters)."
-            )
+    sharded = "a DTensor" if type(weight).__name__ == "DTensor" else ""
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        sharded = "a ZeRO-3 parameter"
+    if sharded:
+        raise ValueError(
+            f"weight: {sharded} is sharded outside its module's forward. Compute the loss inside the model's forward "
+            "(fastrl.patch_model does), or gather it first (weight.full_tensor(), deepspeed.zero.GatheredParameters)."
+        )
     check_floating("weight", weight)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         hint = " (a size of 0 means that ZeRO-3 or FSDP holds it elsewhere)" if weight.numel() == 0 else ""
         raise ValueError(
-            f"weight: expected shape (V, {hidden.shape[-1]}) for hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}{hint}"
+            f"weight: expected shape (V, {hidden.shape[-1]}) for hidden {tuple(hidden.shape)}, "
+            f"got {tuple(weight.shape)}{hint}"
         )
     check_device("weight", weight, hidden.device)
     if bias is not None:

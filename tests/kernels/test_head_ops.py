@@ -77,7 +77,7 @@ def check_against_fp64(n: int, d: int, v: int, dtype: torch.dtype) -> None:
                     mask=mask,
                     entropy=True,
                     backend=backend,
-                    **options,  # noqa: B023
+                    **options,
                 )
 
             tensors = [hidden, weight, bias]

@@ -70,7 +70,7 @@ def test_grad_matches_fp64(v: int, dtype: torch.dtype) -> None:
             upstream = [torch.randn(6) for _ in range(3)]
 
             def plain_grad(at: torch.dtype) -> Tensor:
-                x = tile.detach().to(at).requires_grad_()  # noqa: B023
+                x = tile.detach().to(at).requires_grad_()
                 outputs = (
                     truth_stats(x, ids, transform, bias)
                     if at == torch.float64
@@ -80,7 +80,7 @@ def test_grad_matches_fp64(v: int, dtype: torch.dtype) -> None:
                         )
                     )
                 )
-                total = sum((o * g.to(at)).sum() for o, g in zip(outputs, upstream, strict=True) if o is not None)  # noqa: B023
+                total = sum((o * g.to(at)).sum() for o, g in zip(outputs, upstream, strict=True) if o is not None)
                 return torch.autograd.grad(total, x)[0]  # type: ignore[arg-type]
 
             stats = cpu.row_stats(tile, ids, transform, bias, True)

@@ -70,8 +70,16 @@ def test_grpo_loss(case: dict[str, Any]) -> None:
             state.get("_last_world_entropy", math.inf),
         )
         coef = adaptive.apply_coef()
-    names = ("loss_type", "epsilon", "epsilon_high", "delta", "beta", "importance_sampling_level",
-             "top_entropy_quantile", "off_policy_mask_threshold", "use_bias_correction_kl", "max_completion_length")  # fmt: skip
+    names = [
+        "loss_type",
+        "epsilon",
+        "epsilon_high",
+        "delta",
+        "beta",
+        "importance_sampling_level",
+        "top_entropy_quantile",
+    ]
+    names += ["off_policy_mask_threshold", "use_bias_correction_kl", "max_completion_length"]
     objective = fastrl.PolicyObjective(entropy_coef=coef, **{k: config[k] for k in names if k in config})
 
     logps, entropy = tensor(inputs["logps"]), tensor(inputs["entropies"])

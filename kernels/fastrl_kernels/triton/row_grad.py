@@ -55,8 +55,9 @@ def row_grad_bwd_kernel(
     z, slope = logit_and_slope(x, gain_in, gain_out, SOFTCAP)
 
     shifted = z - tl.load(row_max_ptr + source)
-    # p is exactly 0 far above this floor in every dtype; without it p * log p is 0 * -inf. tl.maximum would drop a NaN.
-    shifted = tl.where(shifted < -1e4, -1e4, shifted)
+    # p is exactly 0 far above this floor in every dtype; without it p * log p is 0 * -inf. That tl.maximum drops a NaN
+    # does not matter: the row's log_sum is NaN then.
+    shifted = tl.maximum(shifted, -1e4)
     p = tl.exp(shifted - tl.load(log_sum_ptr + source))
     factor = tl.zeros((), dtype)
     if grad_lse_ptr is not None:
