@@ -72,7 +72,7 @@ def _tile(record: Record, rows: int, v: int, dtype: torch.dtype) -> tuple[Tensor
 
 
 def _three(stats: RowStats) -> tuple[Tensor, Tensor, Tensor | None]:
-    return stats.row_max, stats.log_sum, stats.entropy
+    return stats.row_max, stats.log_sum, stats.mean
 
 
 def _grad(

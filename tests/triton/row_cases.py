@@ -114,6 +114,15 @@ def test_softcap_with_bias(vocabulary: int, softcap: float) -> None:
     check(tile, ids, LogitTransform(softcap=softcap), bias)
 
 
+def test_softcap_of_small_logits() -> None:
+    # With one column the maximum is the logit. tanh as 1 - w over 1 + w would lose three digits of the smallest here.
+    tile = torch.logspace(-4, 1.8, 100).unsqueeze(-1)
+    ids = torch.zeros(100, dtype=torch.int64)
+    logits = kernels.row_stats(tile, ids, LogitTransform(softcap=30.0), None, entropy=False).row_max
+    exact = 30 * torch.tanh(tile.squeeze(-1).double() / 30)
+    assert ((logits.double() - exact) / exact).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("logit_scale", [0.0625, -2.0], ids=["cohere", "negative"])
 def test_logit_scale(logit_scale: float) -> None:
     # A negative scale turns a padded -inf into +inf, unless the padding is set on the logit.
