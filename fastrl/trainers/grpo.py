@@ -185,7 +185,7 @@ class GRPOTrainer(PromptTrainer):
     def _start_window(self) -> None:
         self._step_started = time.perf_counter()
         self._window_is_new = self._window_ran = False
-        self._window_entropy = torch.zeros(2, dtype=torch.float64)  # sum over tokens, tokens
+        self._window_entropy = torch.zeros(2)  # sum over tokens, tokens
         if self.args.use_adaptive_entropy:
             self.objective = dataclasses.replace(self.objective, entropy_coef=self.entropy.apply_coef())
         parts = []

@@ -52,7 +52,7 @@ def normalized(
         num_processes: the gradient is averaged over them, so that each one's share must count that much more.
     """
     tokens_of = [int(part.completion_mask.sum()) for part in parts]
-    counts = total(torch.tensor([sum(map(len, parts)), sum(tokens_of)], dtype=torch.float64))
+    counts = total(torch.tensor([sum(map(len, parts)), sum(tokens_of)]))
     sequences, tokens = (float(count) / num_processes for count in counts)
     bonus = objective.entropy_coef != 0 and objective.top_entropy_quantile == 1
     batches = []
@@ -79,5 +79,5 @@ def live_fractions(
         [int(mask.sum()), int(part.completion_mask.sum()), int(mask.any(-1).sum()), len(part)]
         for mask, part in zip(live, parts, strict=True)
     ]
-    tokens, of_tokens, rows, of_rows = total(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
+    tokens, of_tokens, rows, of_rows = total(torch.tensor(counts).sum(0)).tolist()
     return {"live_fraction": tokens / max(of_tokens, 1.0), "live_sequence_fraction": rows / of_rows}

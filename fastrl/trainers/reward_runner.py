@@ -22,9 +22,10 @@ class RewardFunctionError(ValueError):
 class RewardRunner:
     """The reward functions of a run.
 
-    A function is called as `f(prompts=, completions=, completion_ids=, trainer_state=, **columns)` with one entry per
-    completion in each list, and returns one number or None (no reward) per completion. Arguments that its signature
-    does not take are left out, so that `def f(completions)` works. Async functions run concurrently, on one event loop
+    A function is called as `f(prompts=, completions=, completion_ids=, trainer_state=, log_metric=, **columns)` with
+    one entry per completion in each list, and returns one number or None (no reward) per completion. `log_metric(name,
+    value)` adds a metric of the function's own to the logs. Arguments that its signature does not take are left out,
+    so that `def f(completions)` works. Async functions run concurrently, on one event loop
     that lives as long as the runner (clients that keep connections depend on it).
 
     Args:
@@ -63,6 +64,7 @@ class RewardRunner:
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, list[Any]],
         trainer_state: Any,
+        log_metric: Callable[[str, float], None],
     ) -> Tensor:
         """Rewards (B, F) fp32, NaN where a function returned None.
 
@@ -75,6 +77,7 @@ class RewardRunner:
             "completions": completions,
             "completion_ids": completion_ids,
             "trainer_state": trainer_state,
+            "log_metric": log_metric,
         }
         returned: list[Any] = [None] * len(self.functions)
         pending: dict[int, Awaitable[Any]] = {}

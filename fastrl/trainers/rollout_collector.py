@@ -121,7 +121,11 @@ class RolloutCollector:
         rows = [example.row for example in examples]
         columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
         columns.pop("completion_ids", None)
-        own = self.rewards([row["prompt"] for row in rows], completions, completion_ids, columns, state)
+
+        def log_metric(name: str, value: float) -> None:
+            self.metrics.add(mode, {name: value})
+
+        own = self.rewards([row["prompt"] for row in rows], completions, completion_ids, columns, state, log_metric)
         silent = own.isnan().all(-1).nonzero()
         if len(silent):
             logger.warning_once(

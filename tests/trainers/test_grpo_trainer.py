@@ -167,6 +167,7 @@ def test_conversations(make_trainer: Make, tokenizer: PreTrainedTokenizerFast) -
     seen: dict[str, Any] = {}
 
     def reward(prompts: list[Any], completions: list[Any], completion_ids: list[Any], **kwargs: Any) -> list[float]:
+        kwargs["log_metric"]("my_metric", 3.0)
         seen.update(prompts=prompts, completions=completions, ids=completion_ids, **kwargs)
         return count_letters(completions)
 
@@ -183,6 +184,7 @@ def test_conversations(make_trainer: Make, tokenizer: PreTrainedTokenizerFast) -
     trainer.train()
     assert seen["prompts"][0] == rows[0] and seen["level"] == [0] * 4 + [1] * 4
     assert seen["trainer_state"] is trainer.state
+    assert trainer.state.log_history[0]["my_metric"] == 3.0
     (message,) = seen["completions"][0]
     assert message["role"] == "assistant"
     text = tokenizer.decode(seen["ids"][0], skip_special_tokens=True)

@@ -18,6 +18,7 @@ CALL: dict[str, Any] = {
     "completion_ids": [[1], [2, 3]],
     "columns": {"answer": ["1", "2"]},
     "trainer_state": "state",
+    "log_metric": print,
 }
 
 
