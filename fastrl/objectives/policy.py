@@ -275,9 +275,15 @@ def _evaluate(
     def clean(x: Tensor | None) -> Tensor | None:  # so that 0 * inf can't happen, in values and in gradients
         return x if x is None or x.shape != scored.shape else torch.where(scored, x, 0.0)
 
-    constants = (clean(x) for x in (tokens.old_logps, tokens.ref_logps, tokens.gate))
-    logps, advantages = torch.where(scored, tokens.logps, 0.0), clean(tokens.advantages)
-    tokens = TokenBatch(logps, clean(tokens.entropy), advantages, *constants, scored)  # type: ignore[arg-type]
+    tokens = TokenBatch(
+        torch.where(scored, tokens.logps, 0.0),
+        clean(tokens.entropy),
+        clean(tokens.advantages),  # type: ignore[arg-type]
+        clean(tokens.old_logps),
+        clean(tokens.ref_logps),
+        clean(tokens.gate),
+        scored,
+    )
     bonus_mask = scored
     if objective.top_entropy_quantile < 1:
         bonus_mask = _top_entropy(_needed(tokens.entropy, "entropy", "top_entropy_quantile"), scored, objective)
@@ -393,6 +399,7 @@ def linear_policy_loss(
         transform.temperature, transform.logit_scale, transform.softcap, name,
         "" if tp_group is None else tp_group.group_name,
     )  # fmt: skip
+    ops.give_up_gradients(loss)
     logps, entropy = logps.view(shape).detach(), entropy.view(shape).detach()
     tokens = replace(tokens, logps=logps, entropy=entropy, mask=mask if score_dead else live)
     metrics = objective.metrics(tokens, mask, live)

@@ -229,23 +229,14 @@ def backward(
         x = _take(head.hidden, part)
         head.project(x, tile)
         out = total.gradient_tile(tile)
-        row_max, log_sum = _take(stats.row_max, part), _take(stats.log_sum, part)
-        row_mean, *upstream = (
-            None if v is None else _take(v, part) for v in (mean, grad_logps, grad_entropy, grad_lse)
+        row_max, log_sum, row_mean, g_logps, g_entropy, g_lse = (
+            None if v is None else _take(v, part)
+            for v in (stats.row_max, stats.log_sum, mean, grad_logps, grad_entropy, grad_lse)
         )
         head.backend.row_grad(
-            tile,
-            out,
-            head.local_ids(part),
-            head.transform,
-            head.bias,
-            row_max,
-            log_sum,
-            row_mean,
-            *upstream,
-            None,
-            None,
-        )
+            tile, out, head.local_ids(part), head.transform, head.bias,
+            row_max, log_sum, row_mean, g_logps, g_entropy, g_lse, None, None,  # type: ignore[arg-type]
+        )  # fmt: skip
         total.add(out, x, part)
     return total.finish()
 

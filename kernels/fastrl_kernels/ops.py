@@ -327,7 +327,15 @@ def _linear_policy_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
     else:
         # Held aside, not saved: the backward gives these very tensors away, so that one dW exists and not two.
         ctx.grads = Gradients(*grads)
+        ctx.exclusive = False  # see give_up_gradients
+        ctx.objective = find_objective(ctx.settings[0])  # alive for a second backward
         ctx.save_for_backward(*tensors)
+
+
+def give_up_gradients(loss: Tensor) -> None:
+    """The caller of `linear_policy_loss` keeps none of the gradient outputs: its backward may scale them in place."""
+    if loss.grad_fn is not None and not torch.compiler.is_compiling():
+        loss.grad_fn.exclusive = True  # type: ignore[attr-defined]
 
 
 def _linear_policy_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -341,7 +349,7 @@ def _linear_policy_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) ->
         if grads is None:  # a second backward through the same graph: the first gave the gradients away
             grads = Gradients(*linear_policy_loss(*ctx.saved_tensors, *ctx.settings)[3:])
         unit = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
-        scaled = [g if unit else g.mul_(grad_loss) for g in grads]
+        scaled = list(grads) if unit else [g.mul_(grad_loss) if ctx.exclusive else g * grad_loss for g in grads]
     needs = ctx.needs_input_grad[:3]
     return *(g if need else None for g, need in zip(scaled, needs, strict=True)), *nothing
 
