@@ -90,8 +90,8 @@ def group_advantages_fwd_kernel(
         drifted = tl.sum(batch_drift, 0)
         variance = (tl.sum(batch_squares, 0) - drifted * (drifted / batch_size)) / (batch_size - 1.0)
         advantage = advantage / (tl.sqrt(tl.where(variance < 0, 0.0, variance)) + tl.full((), eps, dtype))
-    # A unanimous group teaches nothing: exactly 0, which a GPU's division does not always leave, or its rows would count
-    # as live. NaN: no reward, or no statistic.
+    # A unanimous group teaches nothing: exactly 0, which a GPU's division does not always leave, or its rows would
+    # count as live. NaN: no reward, or no statistic.
     advantage = tl.where((differing == 0) | (advantage != advantage), 0.0, advantage)
     tl.store(advantages_ptr + rows, advantage, mask=row_mask)
 
