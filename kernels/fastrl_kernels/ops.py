@@ -334,7 +334,7 @@ def _linear_policy_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
 
 def give_up_gradients(loss: Tensor) -> None:
     """The caller of `linear_policy_loss` keeps none of the gradient outputs: its backward may scale them in place."""
-    if loss.grad_fn is not None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and loss.grad_fn is not None:
         loss.grad_fn.exclusive = True  # type: ignore[attr-defined]
 
 
