@@ -25,7 +25,7 @@ from fastrl.trainers.prompts import context_length_of
 from fastrl.trainers.reward_runner import RewardFunction, RewardRunner
 from fastrl.trainers.rollout_collector import RolloutCollector
 from fastrl.trainers.rollouts import Rollouts
-from fastrl.trainers.scoring import policy_loss
+from fastrl.trainers.scoring import no_clipping, policy_loss
 
 
 class GRPOTrainer(PromptTrainer):
@@ -172,8 +172,7 @@ class GRPOTrainer(PromptTrainer):
             self._window_ran = True
         else:
             loss = torch.zeros((), device=self.args.device)
-            clipped = ("low_mean", "high_mean", "region_mean", "low_min", "high_max")
-            self.metrics.add("train", {f"clip_ratio/{name}": 0.0 for name in clipped})
+            self.metrics.add("train", no_clipping(batch, self.objective))
         if not self._window:
             self._finish_window(model)
         return loss

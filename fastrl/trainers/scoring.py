@@ -4,6 +4,7 @@ The model must be patched (`fastrl.patch_model`). The position before a completi
 the last token of a sequence is never an input."""
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -109,14 +110,21 @@ def policy_loss(
         )
 
     out: LossOutput = model(**model_inputs(rollouts, takes_positions(model)), fastrl_head=loss)
-    kept = int(rollouts.completion_mask.sum())
-    by_sequence = objective.importance_sampling_level == "sequence"
-    share = len(rollouts) / batch.sequences if by_sequence else kept / max(batch.tokens, 1)
+    by_sequence = objective.importance_sampling_level == "sequence"  # then shares of sequences, not of tokens
+    kept = len(rollouts) if by_sequence else int(rollouts.completion_mask.sum())
+    whole = batch.sequences if by_sequence else batch.tokens
     for name in ("low_mean", "high_mean", "region_mean"):
-        out.metrics[f"clip_ratio/{name}"] = out.metrics[f"clip_ratio/{name}"] * share
-    if len(rollouts) < batch.sequences:
+        out.metrics[f"clip_ratio/{name}"] = out.metrics[f"clip_ratio/{name}"] * (kept / max(whole, 1))
+    if kept < whole:
         out.metrics["clip_ratio/low_min"] = out.metrics["clip_ratio/low_min"].clamp(max=0.0)
     return out
+
+
+def no_clipping(batch: MicroBatch, objective: PolicyObjective) -> dict[str, float]:
+    """The clip ratios of a micro-batch in which nothing was live; without a token there are no extremes of tokens."""
+    extreme = 0.0 if batch.tokens or objective.importance_sampling_level == "sequence" else math.nan
+    means = dict.fromkeys(("low_mean", "high_mean", "region_mean"), 0.0)
+    return {f"clip_ratio/{name}": value for name, value in {**means, "low_min": extreme, "high_max": extreme}.items()}
 
 
 @contextmanager

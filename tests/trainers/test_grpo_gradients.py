@@ -164,13 +164,22 @@ def one_sided(completions: list[str], prompts: list[str], **kwargs: Any) -> list
     return [1.0 if p[0] < "h" else r for p, r in zip(prompts, count_letters(completions), strict=True)]
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("split", [(8, 2), (2, 8)], ids=["part_of_a_batch", "whole_batches"])
-def test_skipping_dead_sequences_changes_nothing(make_trainer: Make, split: tuple[int, int]) -> None:
+def test_skipping_dead_sequences_changes_nothing(make_trainer: Make, split: tuple[int, int], level: str) -> None:
     """Neither gradients, nor the clip ratios, nor weights and optimizer state after several steps."""
     ends = []
     for skip in (True, False):
         trainer, recorder = scripted(
-            make_trainer, split, skip_dead_sequences=skip, reward_funcs=one_sided, max_steps=4, weight_decay=0.1
+            make_trainer,
+            split,
+            skip_dead_sequences=skip,
+            reward_funcs=one_sided,
+            max_steps=4,
+            weight_decay=0.1,
+            num_iterations=2,
+            learning_rate=2e-2,  # so that the second iteration clips
+            importance_sampling_level=level,
         )
         trainer.train()
         state = {i: s["exp_avg_sq"] for i, s in trainer.optimizer.state_dict()["state"].items()}
@@ -188,6 +197,7 @@ def test_skipping_dead_sequences_changes_nothing(make_trainer: Make, split: tupl
         for name in all_log:
             if name.startswith(("clip_ratio", "reward", "completions")):
                 assert log[name] == pytest.approx(all_log[name], abs=1e-6), name
+    assert logs[1]["clip_ratio/region_mean"] > 0
 
 
 def test_a_step_without_any_live_sequence_runs_no_model_and_still_steps_the_optimizer(make_trainer: Make) -> None:
