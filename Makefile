@@ -48,10 +48,11 @@ test: $(VENV)/build.done
 test-full: $(VENV)/build.done
 	$(BIN)/python -m pytest -m "full or not full"
 
+# numpy: triton 3.6's interpreter does not take the scalars of numpy 2.4.
 $(VENV)-triton36/done:
 	@echo "== virtual environment with triton 3.6"
 	$(PYTHON) -m venv $(VENV)-triton36
-	$(VENV)-triton36/bin/python -m pip --disable-pip-version-check install --quiet numpy "$(TORCH)" pytest
+	$(VENV)-triton36/bin/python -m pip --disable-pip-version-check install --quiet "numpy<2.4" "$(TORCH)" pytest
 	$(VENV)-triton36/bin/python -m pip --disable-pip-version-check install --quiet --no-deps triton==3.6.0
 	@touch $@
 

@@ -59,7 +59,8 @@ def available() -> dict[str, str | None]:
     except ImportError as error:
         reasons["cpu"] = f"the C++ extension is not built here ({error}); `pip install .` in the repository builds it"
     try:
-        importlib.import_module("triton")
+        if not hasattr(importlib.import_module("triton"), "jit"):  # a folder of that name on the path
+            raise ImportError("what is found under that name is another package")
         has_gpu = torch.cuda.is_available() or triton_interpreted()
         reasons["triton"] = None if has_gpu else "no CUDA device (TRITON_INTERPRET=1 runs it in Python, for tests)"
     except ImportError as error:

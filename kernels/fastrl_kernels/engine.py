@@ -76,7 +76,9 @@ class Head:
         if total == 0:
             return
         size = -(-total // -(-total // most))
-        tile = self.hidden.new_empty(size, columns, dtype=self.dtype)
+        # Rows start at multiples of 64 bytes, so that a GPU's loads stay wide for any vocabulary.
+        stride = columns if self.hidden.device.type == "cpu" else -(-columns // 16) * 16
+        tile = self.hidden.new_empty(size, stride, dtype=self.dtype)[:, :columns]
         for start in range(0, total, size):
             end = min(start + size, total)
             yield (slice(start, end) if rows is None else rows[start:end]), tile[: end - start]
@@ -143,7 +145,9 @@ class _Accumulator:
         if not self.half:
             return tile
         if self.half_tile.shape[0] < tile.shape[0]:
-            self.half_tile = tile.new_empty(tile.shape, dtype=self.head.weight.dtype)
+            self.half_tile = torch.empty_strided(
+                tile.shape, (tile.stride(0), 1), dtype=self.head.weight.dtype, device=tile.device
+            )
         return self.half_tile[: tile.shape[0]]
 
     def add(self, dtile: Tensor, x: Tensor, rows: Rows) -> None:
