@@ -64,9 +64,9 @@ class RewardRunner:
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, list[Any]],
         trainer_state: Any,
-        log_metric: Callable[[str, float], None],
+        log_metric: Callable[[str, float], None] | None = None,
     ) -> Tensor:
-        """Rewards (B, F) fp32, NaN where a function returned None.
+        """Rewards (B, F) fp32, NaN where a function returned None. Without log_metric, such metrics are dropped.
 
         Raises:
             RewardFunctionError: see there; the original exception is its cause.
@@ -77,7 +77,7 @@ class RewardRunner:
             "completions": completions,
             "completion_ids": completion_ids,
             "trainer_state": trainer_state,
-            "log_metric": log_metric,
+            "log_metric": log_metric or (lambda name, value: None),
         }
         returned: list[Any] = [None] * len(self.functions)
         pending: dict[int, Awaitable[Any]] = {}
