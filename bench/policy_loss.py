@@ -2,7 +2,7 @@
 
     python bench/policy_loss.py [--tokens 2048] [--hidden 576] [--vocabulary 49152] [--rounds 5] [--out FOLDER]
 
-One interleaved run: every round times every variant once; medians are quoted, and every variant's loss and gradients are
+One interleaved run: every round times every variant once and medians are quoted; a variant's loss and gradients are
 compared with fp64 before a time is printed. Peers that are not installed are listed as absent. FLOPs are those of the
 GEMMs: 2NDV for the logits and for each gradient.
 """
