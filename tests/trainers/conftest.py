@@ -1,26 +1,31 @@
 """A language model of a few thousand weights and a tokenizer of a few words, both made here: no downloads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
-from tiny_runs import WORDS, count_letters, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_runs import count_letters, make_tokenizer, tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fastrl.trainers import GRPOConfig, GRPOTrainer
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For tensors of this size a second thread costs more than it gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per letter or digit, separated by blanks; without a chat template."""
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    """See make_tokenizer."""
+    return make_tokenizer()
 
 
 @pytest.fixture

@@ -260,16 +260,15 @@ RUN = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from tiny_runs import count_letters, tiny_model
-import conftest, json, torch
+from tiny_runs import count_letters, make_tokenizer, tiny_model
+import json
 from datasets import Dataset
 from fastrl.trainers import GRPOConfig, GRPOTrainer
-tokenizer = conftest.tokenizer.__wrapped__()
 rows = Dataset.from_dict({{"prompt": ["a", "b c", "d e f", "g h", "k", "l m", "n o p", "s t"]}})
 args = GRPOConfig({run!r}, per_device_train_batch_size=8, num_generations=4, max_completion_length=6, max_steps={steps},
     learning_rate=1e-2, logging_steps=1, save_strategy="steps", save_steps=1, save_total_limit=2, report_to="none",
     disable_tqdm=True, gradient_checkpointing=False, use_cpu=True, lr_scheduler_type="constant")
-trainer = GRPOTrainer(tiny_model(), count_letters, args, rows, processing_class=tokenizer)
+trainer = GRPOTrainer(tiny_model(), count_letters, args, rows, processing_class=make_tokenizer())
 trainer.train(resume_from_checkpoint={resume})
 logs = [{{k: v for k, v in log.items() if k in ("reward", "loss", "grad_norm", "entropy", "step")}}
         for log in trainer.state.log_history]

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     TrainerCallback,
@@ -18,13 +20,20 @@ from fastrl.rollout import Completions, SamplingParams
 from fastrl.trainers import GRPOTrainer
 from fastrl.trainers.rollouts import Rollouts
 
-torch.set_num_threads(1)  # for tensors of this size a second thread costs more than it gives
-
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", *"abcdefghijklmnopqrstuvwxyz", *"0123456789"]
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per letter or digit, separated by blanks; without a chat template."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **config: Any) -> PreTrainedModel:

@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import conftest
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from tiny_runs import GradientRecorder, ScriptedEngine, count_letters, tiny_model
+from tiny_runs import GradientRecorder, ScriptedEngine, count_letters, make_tokenizer, tiny_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -56,7 +55,7 @@ def train(kind: str, directory: Path, batch: int, resume: bool = False) -> dict[
         unanimous_for_early_prompts,
         args,
         Dataset.from_dict({"prompt": PROMPTS}),
-        processing_class=conftest.tokenizer.__wrapped__(),
+        processing_class=make_tokenizer(),
         callbacks=[recorder],
         rollout_engine=ScriptedEngine(),
     )
