@@ -100,6 +100,7 @@ class GRPOTrainer(PromptTrainer):
         policy = model_setup.load_model(model, args.model_init_kwargs, args.trust_remote_code)
         tokenizer = model_setup.load_tokenizer(processing_class, policy, args.trust_remote_code)
         pad_token_id, eos_token_ids = model_setup.special_tokens(tokenizer, policy)
+        model_setup.refuse_router_loss(policy)
         if args.disable_dropout:
             model_setup.disable_dropout(policy)
         self.reference: nn.Module | None = None

@@ -105,6 +105,20 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return reference.requires_grad_(False)
 
 
+def refuse_router_loss(model: nn.Module) -> None:
+    """A mixture of experts that asks for its router's auxiliary loss would train without it: refuse.
+
+    Raises:
+        ValueError: the model's configuration sets output_router_logits.
+    """
+    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "the model's config sets output_router_logits, but the router's auxiliary loss is not supported yet; "
+            "set model.config.output_router_logits = False to train without it"
+        )
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Sets the probability of every dropout module to 0."""
     for module in model.modules():
