@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, DatasetDict
@@ -31,6 +31,7 @@ def reasoning_gym_dataset(
     seed: int = 0,
     prompt: str = "{question}",
     system_prompt: str | None = None,
+    examples: Sequence[Sequence[str]] = (),
     conversational: bool = True,
     task_config: Mapping[str, Any] | None = None,
 ) -> DatasetDict:
@@ -46,6 +47,8 @@ def reasoning_gym_dataset(
         prompt: template of the user's message, with `{question}`, `{answer}` or a field of the item's metadata, for
             example "What is {expression}?".
         system_prompt: content of a system message before it (conversational only).
+        examples: pairs of a user's message and the assistant's answer that come before it (conversational only): they
+            show the form of an answer, and are the same for every row.
         conversational: prompt is a list of messages if True, otherwise a plain string.
         task_config: arguments of the generator except seed and size, for example {"max_terms": 2}.
 
@@ -59,8 +62,11 @@ def reasoning_gym_dataset(
     """
     if size < 1 or eval_size < 0:
         raise TaskError(f"size must be at least 1 and eval_size at least 0, got {size} and {eval_size}")
-    if system_prompt is not None and not conversational:
-        raise TaskError("system_prompt needs conversational prompts")
+    if (system_prompt is not None or examples) and not conversational:
+        raise TaskError("system_prompt and examples need conversational prompts")
+    for example in examples:
+        if isinstance(example, str) or len(example) != 2 or not all(isinstance(text, str) for text in example):
+            raise TaskError(f"examples: expected pairs of a question and its answer as text, got {example!r}")
     wanted = size + eval_size
     # The generator's own size is only a bound on the index. Small tasks repeat themselves: finding the last few of n
     # different prompts takes about n log n draws.
@@ -85,8 +91,9 @@ def reasoning_gym_dataset(
     def message(text: str) -> str | list[dict[str, str]]:
         if not conversational:
             return text
-        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        return [*system, {"role": "user", "content": text}]
+        before = [] if system_prompt is None else [("system", system_prompt)]
+        before += [turn for question, answer in examples for turn in (("user", question), ("assistant", answer))]
+        return [{"role": role, "content": content} for role, content in (*before, ("user", text))]
 
     table = [{"prompt": message(text), **row} for text, row in rows.items()]
     splits = {"train": Dataset.from_list(table[eval_size:])}

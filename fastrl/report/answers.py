@@ -18,6 +18,9 @@ from fastrl.trainers.model_setup import special_tokens
 from fastrl.trainers.prompts import Example, decode_completions, tokenize_prompts
 from fastrl.trainers.reward_runner import RewardRunner
 
+# The other settings are unset, because transformers warns of what a greedy search does not use.
+_GREEDY = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -97,7 +100,7 @@ def greedy_answers(
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Answers:
     """Greedy completions of the column `prompt` of `rows`, and their weighted rewards."""
-    greedy = SamplingParams(max_tokens=max_tokens, engine_kwargs={"do_sample": False})
+    greedy = SamplingParams(max_tokens=max_tokens, engine_kwargs=_GREEDY)
     made = generate(model, tokenizer, rows, reward_funcs, greedy, chat_template_kwargs=chat_template_kwargs)
     factors = torch.tensor(list(weights) if weights is not None else [1.0] * made.rewards.shape[1])
     total = (made.rewards * factors).nansum(1).masked_fill(made.rewards.isnan().all(1), math.nan)

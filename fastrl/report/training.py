@@ -73,7 +73,9 @@ def write_report(
         say(f"\n{table}\n")
     if "step_comparison" in parts:
         say("taking one optimizer step with the eager loss and with ours (a few minutes on a CPU)")
-        comparison = compare_on_fresh_rollouts(str(source), base_model, args, reward_funcs, rows, dtype)
+        # The first step of the run; an adapter only exists afterwards.
+        start = str(source) if (source / "adapter_config.json").exists() else base_model
+        comparison = compare_on_fresh_rollouts(start, base_model, args, reward_funcs, rows, dtype)
         written.append(_write(folder / "step_comparison.md", comparison.markdown()))
         written.append(_write(folder / "step_comparison.json", json.dumps(comparison.to_json(), indent=2)))
         say(f"\n{comparison.markdown()}\n")

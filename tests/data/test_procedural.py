@@ -47,6 +47,9 @@ def test_prompt_forms():
     assert plain[0]["prompt"].startswith("State the final answer")
     chat = reasoning_gym_dataset("chain_sum", size=2, system_prompt="Be brief.")["train"]
     assert [message["role"] for message in chat[0]["prompt"]] == ["system", "user"]
+    shown = reasoning_gym_dataset("chain_sum", size=2, examples=[["1 + 1 =", "2"]])["train"][0]["prompt"]
+    assert [message["role"] for message in shown] == ["user", "assistant", "user"]
+    assert [message["content"] for message in shown[:2]] == ["1 + 1 =", "2"]
 
 
 def test_verifier_scores_the_row_it_belongs_to():
@@ -73,9 +76,11 @@ def test_verifier_of_a_task_without_a_single_answer():
         ({"task_config": {"min_terms": 0}}, "refuses its configuration .*min_terms must be positive"),
         ({"prompt": "What is {expresion}?"}, "'What is {expresion}\\?' does not fit .*'expression'"),
         ({"size": 0}, "size must be at least 1"),
-        ({"system_prompt": "Hi", "conversational": False}, "system_prompt needs conversational"),
+        ({"system_prompt": "Hi", "conversational": False}, "need conversational prompts"),
+        ({"examples": [["1 + 1", 2]]}, "examples: expected pairs .* got \\['1 \\+ 1', 2\\]"),
+        ({"examples": ["ab"]}, "examples: expected pairs .* got 'ab'"),
     ],
-    ids=["task", "argument", "value", "template", "size", "system prompt"],
+    ids=["task", "argument", "value", "template", "size", "system prompt", "example", "text as example"],
 )
 def test_errors_name_the_thing(arguments, message):
     with pytest.raises(TaskError, match=message):
