@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_runs import TEMPLATE, WORDS, ScriptedEngine, count_letters, record_rollouts, tiny_model
-from transformers import PreTrainedTokenizerFast, ProgressCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProgressCallback
 
 import fastrl
 from fastrl.rollout import Completions, SamplingParams
