@@ -57,6 +57,7 @@ class Head:
     ids: Tensor  # (N,) int64
     transform: LogitTransform
     backend: Backend
+    widest: int  # rows of the weight, or of the group's largest shard: every rank must cut the same chunks
     group: dist.ProcessGroup | None = None  # vocabulary-parallel group
     first_id: int = 0  # vocabulary id of weight[0]: not 0 in the later shards of a group
 
@@ -66,7 +67,7 @@ class Head:
 
     def most_rows(self) -> int:
         """Rows of a tile that holds whole rows of logits."""
-        row_bytes = self.weight.shape[0] * self.dtype.itemsize
+        row_bytes = self.widest * self.dtype.itemsize
         budget = TILE_BYTES.get(self.hidden.device.type, TILE_BYTES["cpu"])
         return max(MIN_ROWS, budget // row_bytes // 64 * 64)
 

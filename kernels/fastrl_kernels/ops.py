@@ -13,7 +13,7 @@ from . import backends, engine
 from .engine import Gradients, Head, Needs, Rows
 from .head import LogitTransform, RowStats, accumulation_dtype
 from .objective import TokenBatch, coefficients, find_objective
-from .shards import shard_start
+from .shards import shard_layout
 
 
 def _head(
@@ -27,8 +27,10 @@ def _head(
 ) -> tuple[Head, int]:
     """The head of a call, and the size of its whole vocabulary. `group` is the name of a process group, or empty."""
     process_group = dist.distributed_c10d._resolve_process_group(group) if group else None  # type: ignore[arg-type]
-    first_id, vocabulary = (0, weight.shape[0]) if process_group is None else shard_start(weight, process_group)
-    head = Head(hidden, weight, bias, ids, transform, backends.load(backend), process_group, first_id)
+    first_id, vocabulary, widest = 0, weight.shape[0], weight.shape[0]
+    if process_group is not None:
+        first_id, vocabulary, widest = shard_layout(weight, process_group)
+    head = Head(hidden, weight, bias, ids, transform, backends.load(backend), widest, process_group, first_id)
     return head, vocabulary
 
 

@@ -89,7 +89,9 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, baseline: str, scale: s
         advantages = advantages / ((total((r - mean) ** 2) / (count - 1)).sqrt() + eps)
     elif scale == "batch":
         spread = r[scored]
-        deviation = ((spread - spread.mean()).square().sum() / (spread.numel() - 1)).sqrt()  # NaN for one, and no warning
+        deviation = (
+            (spread - spread.mean()).square().sum() / (spread.numel() - 1)
+        ).sqrt()  # NaN for one, and no warning
         advantages = advantages / (deviation + eps)
     nothing = ~scored | (count < 2) | (low == high) | advantages.isnan()
     return advantages.masked_fill(nothing, 0.0).to(rewards.dtype)

@@ -41,12 +41,12 @@ def stack_stats(stats: RowStats) -> Tensor:
     return torch.stack([x for x in stats if x is not None])
 
 
-def shard_start(weight: Tensor, group: dist.ProcessGroup) -> tuple[int, int]:
-    """Vocabulary id of this rank's first row of the weight, and the size of the whole vocabulary."""
+def shard_layout(weight: Tensor, group: dist.ProcessGroup) -> tuple[int, int, int]:
+    """Vocabulary id of this rank's first row of the weight, size of the whole vocabulary, size of the largest shard."""
     sizes = [torch.zeros(1, dtype=torch.int64, device=weight.device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, torch.tensor([weight.shape[0]], device=weight.device), group=group)
     counts = [int(size) for size in sizes]
-    return sum(counts[: dist.get_rank(group)]), sum(counts)
+    return sum(counts[: dist.get_rank(group)]), sum(counts), max(counts)
 
 
 def combine_shards(stats: RowStats, group: dist.ProcessGroup) -> RowStats:

@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from fastrl_kernels import engine
 from torch import Tensor
 
 import fastrl
 
-N, D, V = 12, 8, 101
+N, D, V = 200, 8, 101
 
 
 def free_port() -> int:
@@ -45,6 +46,7 @@ def run(world: int, body: Callable[[int, int], None], folder: Path) -> None:
 
 
 def vocabulary_parallel(rank: int, world: int) -> None:
+    engine.TILE_BYTES, engine.MIN_ROWS = {"cpu": 30_000}, 1  # several chunks, more rows for a smaller shard
     torch.manual_seed(0)
     hidden, weight = torch.randn(N, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
     bias, ids = torch.randn(V, dtype=torch.float64), torch.randint(V, (N,))
@@ -57,9 +59,9 @@ def vocabulary_parallel(rank: int, world: int) -> None:
         stats = fastrl.linear_logprobs(h, w, ids, bias=b, mask=mask, entropy=True, temperature=0.7, tp_group=group)
         total = sum((o * g).sum() for o, g in zip(stats, upstream, strict=True) if o is not None)
         grads = torch.autograd.grad(total, [h, w, b])  # type: ignore[arg-type]
-        args = {"advantages": torch.ones(3), "mask": mask.view(3, 4), "bias": b, "tp_group": group}
+        args = {"advantages": torch.ones(5), "mask": mask.view(5, 40), "bias": b, "tp_group": group}
         objective = fastrl.PolicyObjective(entropy_coef=0.1)
-        loss = fastrl.linear_policy_loss(h.view(3, 4, D), w, ids.view(3, 4), objective, **args).loss  # type: ignore[arg-type]
+        loss = fastrl.linear_policy_loss(h.view(5, 40, D), w, ids.view(5, 40), objective, **args).loss  # type: ignore[arg-type]
         return [*stats, *grads, loss, *torch.autograd.grad(loss, [h, w, b])]  # type: ignore[list-item]
 
     whole = results(hidden, weight, bias, None)
