@@ -39,9 +39,10 @@ def arguments() -> argparse.Namespace:
 def run_stage(options: argparse.Namespace) -> int:
     """One stage, in this process."""
     import torch
-    from fastrl_kernels import backends
     from gpucheck import benchmark, correctness, environment, memory, sanitizer
     from gpucheck.record import Record, Settings
+
+    from fastrl_kernels import backends
 
     functions = {
         "environment": environment.run,

@@ -24,10 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from fastrl_kernels import backends
 from torch import Tensor
 
 import fastrl
+from fastrl_kernels import backends
 
 DEAD_SHARE = 0.63
 LENGTH = 64  # tokens per completion

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from fastrl_kernels import LogitTransform, RowStats, accumulation_dtype, backends, reference
 from torch import Tensor
 
 import fastrl
+from fastrl_kernels import LogitTransform, RowStats, accumulation_dtype, backends, reference
 
 from .problems import make_problem
 from .record import Record, run_cases

@@ -9,9 +9,9 @@ import platform
 import subprocess
 
 import torch
-from fastrl_kernels import backends
 
 import fastrl
+from fastrl_kernels import backends
 
 from .record import Record
 

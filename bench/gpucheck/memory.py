@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from fastrl_kernels import engine
 from torch import Tensor
 
 import fastrl
+from fastrl_kernels import engine
 
 from .problems import DAPO, make_problem
 from .record import Record, run_cases

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fastrl_kernels import group_advantages
 from torch import Tensor
+
+from fastrl_kernels import group_advantages
 
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 

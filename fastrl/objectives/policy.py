@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from fastrl_kernels import TokenBatch, backends, linear_logprobs, ops, register_objective, validation
 from fastrl_kernels.functional import harmonize
 from fastrl_kernels.head import LogitTransform
-from torch import Tensor
 
 from .kl import KL_ESTIMATORS, kl_estimate
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from fastrl_kernels import linear_logprobs
 from torch import Tensor, nn
 
 from fastrl.integrations import LMHead
@@ -17,6 +16,7 @@ from fastrl.integrations.transformers_models import innermost_causal_lm
 from fastrl.objectives import LossOutput, PolicyObjective, linear_policy_loss
 from fastrl.trainers.micro_batches import MicroBatch
 from fastrl.trainers.rollouts import Rollouts
+from fastrl_kernels import linear_logprobs
 
 
 def model_inputs(rollouts: Rollouts, with_positions: bool) -> dict[str, Tensor]:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastrl_kernels import backends, reference
 from torch import Tensor
+
+from fastrl_kernels import backends, reference
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "bench" / "gpu_check.py"

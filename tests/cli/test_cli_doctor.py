@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastrl_kernels import backends
 
 from fastrl.cli import doctor, main
+from fastrl_kernels import backends
 
 
 @pytest.fixture

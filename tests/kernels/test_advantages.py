@@ -7,10 +7,10 @@ from statistics import mean, stdev
 
 import pytest
 import torch
-from fastrl_kernels import ops
 from torch import Tensor
 
 import fastrl
+from fastrl_kernels import ops
 
 
 def by_hand(rewards: list[float], groups: list[int], baseline: str, scale: str, eps: float) -> Tensor:

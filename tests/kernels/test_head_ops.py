@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fastrl_kernels import engine, ops
 from tolerance import assert_as_accurate
 from torch import Tensor
 
 import fastrl
+from fastrl_kernels import engine, ops
 
 CPU_BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

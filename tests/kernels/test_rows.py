@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fastrl_kernels import LogitTransform, cpu, reference
 from tolerance import assert_as_accurate, error
 from torch import Tensor
+
+from fastrl_kernels import LogitTransform, cpu, reference
 
 from fastrl_kernels import _C  # type: ignore[attr-defined]  # isort: skip
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fastrl_kernels import engine
 from torch import Tensor
 
 import fastrl
+from fastrl_kernels import engine
 
 N, D, V = 200, 8, 101
 

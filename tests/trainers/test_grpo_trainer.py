@@ -436,5 +436,5 @@ def test_an_engine_that_loses_completions_is_an_error(make_trainer: Make) -> Non
 
 def test_router_loss_is_refused_not_dropped(model: PreTrainedModel, make_trainer: Callable[..., GRPOTrainer]) -> None:
     model.config.output_router_logits = True
-    with pytest.raises(ValueError, match="output_router_logits.*not supported yet"):
+    with pytest.raises(ValueError, match=r"output_router_logits.*not supported yet"):
         make_trainer(model)

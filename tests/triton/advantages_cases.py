@@ -6,8 +6,9 @@ from collections import defaultdict
 
 import pytest
 import torch
-from fastrl_kernels.triton import group_advantages
 from torch import Tensor
+
+from fastrl_kernels.triton import group_advantages
 
 OPTIONS = [(b, s) for b in ("mean", "leave_one_out") for s in ("group", "batch", "none")]
 

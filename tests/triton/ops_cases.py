@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-import fastrl_kernels.triton as kernels
 import pytest
 import torch
-from fastrl_kernels.head import LogitTransform
 from torch import Tensor
 
 import fastrl
+import fastrl_kernels.triton as kernels
+from fastrl_kernels.head import LogitTransform
 
 B, T, D, V = 3, 7, 5, 507
 

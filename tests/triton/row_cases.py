@@ -2,15 +2,16 @@
 
 import math
 
-import fastrl_kernels.triton as kernels
 import pytest
 import torch
 import triton
+from torch import Tensor
+
+import fastrl_kernels.triton as kernels
 from fastrl_kernels import reference
 from fastrl_kernels.head import LogitTransform, RowStats, accumulation_dtype
 from fastrl_kernels.triton.launch import row_config
 from fastrl_kernels.triton.row_stats import row_stats_fwd_kernel
-from torch import Tensor
 
 PLAIN = LogitTransform()
 EVERYTHING = LogitTransform(temperature=0.7, logit_scale=1.3, softcap=5.0)

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 import triton
-from fastrl_kernels.head import LogitTransform, accumulation_dtype
-from fastrl_kernels.triton import group_advantages, row_grad, row_stats
-from fastrl_kernels.triton.launch import ROW_DTYPES, RowConfig, row_config, row_configs
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fastrl_kernels.head import LogitTransform, accumulation_dtype
+from fastrl_kernels.triton import group_advantages, row_grad, row_stats
+from fastrl_kernels.triton.launch import ROW_DTYPES, RowConfig, row_config, row_configs
 
 SHARED_MEMORY = {80: 163840, 90: 232448, 100: 232448}  # bytes per block
 POINTERS = {
