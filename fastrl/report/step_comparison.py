@@ -230,22 +230,23 @@ class StepComparison:
     def markdown(self) -> str:
         """A table with one line per side, and what was measured."""
         lines = [
-            "| one optimizer step | time | loss alone | memory | loss alone | largest gradient difference |",
-            "|---|---:|---:|---:|---:|---:|",
+            "| one optimizer step | sequences | time | of it the loss | memory | in the loss | gradient difference |",
+            "|---|---:|---:|---:|---:|---:|---:|",
         ]
         for side, took in self.sides.items():
             difference = self.differences.get(side)
             distance = "" if difference is None else f"{difference.largest:.1e} ({difference.relative:.1e} of the norm)"
             lines.append(
-                f"| {_TITLES[side]} | {took.seconds:.1f} s | {took.loss_seconds:.2f} s | {_mebibytes(took.step_bytes)} "
-                f"| {_mebibytes(took.loss_bytes)} | {distance} |"
+                f"| {_TITLES[side]} | {took.sequences} | {took.seconds:.1f} s | {took.loss_seconds:.2f} s "
+                f"| {_mebibytes(took.step_bytes)} | {_mebibytes(took.loss_bytes)} | {distance} |"
             )
         entry = max((difference.largest_entry for difference in self.differences.values()), default=0.0)
         lines += [
             "",
             f"The same rollouts for each: {self.shape}. Forward and backward, without dropout and the AdamW "
             "update, each in a process of its own; memory is the peak increase over the step, and over the loss (from "
-            f"hidden states to their gradients). The largest entry of eager's gradients is {entry:.1e}.",
+            f"hidden states to their gradients). The gradient difference is the largest of any entry; the "
+            f"largest entry of eager's gradients is {entry:.1e}.",
         ]
         return "\n".join(lines)
 
