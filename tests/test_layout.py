@@ -149,7 +149,13 @@ def test_cuda_build_option_is_loud(value: str, message: str, tmp_path: Path) -> 
     assert result.returncode != 0 and message in " ".join(result.stderr.split()), result.stderr
 
 
-def find(tool: str) -> str | None:
-    import shutil
-
-    return shutil.which(tool)
+@pytest.mark.skipif(find("nvcc") is None, reason="no nvcc on this machine")
+def test_cuda_build_configures_where_nvcc_is(tmp_path: Path) -> None:
+    """FASTRL_CUDA=on with nvcc and no GPU generates a build: every target knows its architectures."""
+    pybind = subprocess.run(
+        [sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True, check=True
+    )
+    command = [find("cmake") or "cmake", str(ROOT / "csrc"), f"-Dpybind11_DIR={pybind.stdout.strip()}"]
+    env = {**os.environ, "FASTRL_CUDA": "on"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0 and "building with CUDA" in result.stdout, result.stderr
