@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,20 +143,20 @@ def test_cuda_build_option_is_loud(value: str, message: str, tmp_path: Path) -> 
     )
     path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "nvcc").exists())
     env = {**os.environ, "FASTRL_CUDA": value, "PATH": path, "CUDACXX": ""}
-    tools = [f"-DCMAKE_CXX_COMPILER={tool}" for tool in [find("g++") or find("c++")] if tool]
-    command = [find("cmake") or "cmake", str(ROOT / "csrc"), f"-Dpybind11_DIR={pybind.stdout.strip()}", *tools]
+    tools = [f"-DCMAKE_CXX_COMPILER={tool}" for tool in [shutil.which("g++") or shutil.which("c++")] if tool]
+    command = [shutil.which("cmake") or "cmake", str(ROOT / "csrc"), f"-Dpybind11_DIR={pybind.stdout.strip()}", *tools]
     command += ["-DCUDAToolkit_ROOT=/nonexistent", "-DCMAKE_CUDA_COMPILER="]
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode != 0 and message in " ".join(result.stderr.split()), result.stderr
 
 
-@pytest.mark.skipif(find("nvcc") is None, reason="no nvcc on this machine")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
 def test_cuda_build_configures_where_nvcc_is(tmp_path: Path) -> None:
     """FASTRL_CUDA=on with nvcc and no GPU generates a build: every target knows its architectures."""
     pybind = subprocess.run(
         [sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True, check=True
     )
-    command = [find("cmake") or "cmake", str(ROOT / "csrc"), f"-Dpybind11_DIR={pybind.stdout.strip()}"]
+    command = [shutil.which("cmake") or "cmake", str(ROOT / "csrc"), f"-Dpybind11_DIR={pybind.stdout.strip()}"]
     env = {**os.environ, "FASTRL_CUDA": "on"}
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0 and "building with CUDA" in result.stdout, result.stderr
