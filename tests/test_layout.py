@@ -144,7 +144,12 @@ def test_cuda_build_option_is_loud(value: str, message: str, tmp_path: Path) -> 
     path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "nvcc").exists())
     env = {**os.environ, "FASTRL_CUDA": value, "PATH": path, "CUDACXX": ""}
     tools = [f"-DCMAKE_CXX_COMPILER={tool}" for tool in [shutil.which("g++") or shutil.which("c++")] if tool]
-    command = [shutil.which("cmake") or "cmake", str(ROOT / "csrc"), f"-Dpybind11_DIR={pybind.stdout.strip()}", *tools]
+    command = [
+        shutil.which("cmake") or str(Path(sys.executable).parent / "cmake"),
+        str(ROOT / "csrc"),
+        f"-Dpybind11_DIR={pybind.stdout.strip()}",
+        *tools,
+    ]
     command += ["-DCUDAToolkit_ROOT=/nonexistent", "-DCMAKE_CUDA_COMPILER="]
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode != 0 and message in " ".join(result.stderr.split()), result.stderr
@@ -156,7 +161,11 @@ def test_cuda_build_configures_where_nvcc_is(tmp_path: Path) -> None:
     pybind = subprocess.run(
         [sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True, check=True
     )
-    command = [shutil.which("cmake") or "cmake", str(ROOT / "csrc"), f"-Dpybind11_DIR={pybind.stdout.strip()}"]
+    command = [
+        shutil.which("cmake") or str(Path(sys.executable).parent / "cmake"),
+        str(ROOT / "csrc"),
+        f"-Dpybind11_DIR={pybind.stdout.strip()}",
+    ]
     env = {**os.environ, "FASTRL_CUDA": "on"}
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0 and "building with CUDA" in result.stdout, result.stderr
