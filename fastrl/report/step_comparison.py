@@ -28,9 +28,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastrl.benchmark.memory import Lap, MemoryMeter
 from fastrl.integrations import LMHead, patch_model
 from fastrl.objectives import PolicyObjective, linear_policy_loss, policy_loss
-from fastrl.report.memory import Lap, MemoryMeter
 from fastrl.trainers.model_setup import disable_dropout
 from fastrl.trainers.rollouts import Rollouts
 from fastrl.trainers.scoring import model_inputs, takes_positions

@@ -9,12 +9,12 @@ import pytest
 import torch
 from datasets import Dataset
 
+from fastrl.benchmark.memory import MemoryMeter
 from fastrl.cli import main
 from fastrl.objectives import PolicyObjective
 from fastrl.report import plot_curves
 from fastrl.report.answers import Answers, answers_table, generate, load_model
 from fastrl.report.curves import metric_series, running_mean
-from fastrl.report.memory import MemoryMeter
 from fastrl.report.step_comparison import SIDES, compare_step, run_side
 from fastrl.report.training import reward_summary
 from fastrl.rollout import SamplingParams

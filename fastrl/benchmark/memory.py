@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+_LIBC = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -59,3 +64,21 @@ def _status(field: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+
+
+def peak_growth(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes by which memory grows at most while `run` runs, from a state in which everything free was given back.
+
+    Of the process (its resident set) on the CPU, of the allocator on a GPU. What `run` returns is alive at the end and
+    counts. None where the system does not tell.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif _LIBC is not None:
+        _LIBC.malloc_trim(0)  # what earlier calls freed would hide what this one takes
+    meter = MemoryMeter(device)
+    result = run()
+    lap = meter.lap()
+    del result
+    return None if lap is None else lap.peak - lap.start
