@@ -74,13 +74,33 @@ void row_grad(int dtype, uintptr_t tile, int64_t cols, int64_t stride, uintptr_t
               double temperature, double logit_scale, double softcap, uintptr_t bias, uintptr_t row_max, uintptr_t log_sum,
               uintptr_t mean, uintptr_t grad_logps, uintptr_t grad_entropy, uintptr_t grad_lse, uintptr_t source,
               uintptr_t target, int64_t moves, int threads) {
-  const fastrl::GradArgs args{static_cast<fastrl::DType>(dtype), pointer<void>(tile), cols, stride, pointer<void>(out),
-                              out_stride, pointer<int64_t>(ids), {temperature, logit_scale, softcap, pointer<void>(bias)},
+  const fastrl::GradArgs args{static_cast<fastrl::DType>(dtype), pointer<void>(tile), cols, stride,
+                              static_cast<fastrl::DType>(dtype), pointer<void>(out), out_stride, pointer<int64_t>(ids), {temperature, logit_scale, softcap, pointer<void>(bias)},
                               pointer<void>(row_max), pointer<void>(log_sum), pointer<void>(mean),
                               pointer<void>(grad_logps), pointer<void>(grad_entropy), pointer<void>(grad_lse),
                               pointer<int64_t>(source), pointer<int64_t>(target), moves};
   py::gil_scoped_release release;
   parallel_rows(moves, threads, [&](int64_t begin, int64_t end) { current_kernels->grad(args, begin, end); });
+}
+
+// Tokens per thread under which starting a thread costs more than it saves.
+constexpr int64_t kTokensPerThread = 1 << 15;
+
+void policy_terms(bool fp64, int64_t rows, int64_t cols, uintptr_t logps, uintptr_t entropy, uintptr_t advantages,
+                  bool row_advantages, uintptr_t old_logps, uintptr_t ref_logps, uintptr_t gate, bool row_gate,
+                  uintptr_t scored, uintptr_t mask, uintptr_t live, uintptr_t token_weight, uintptr_t entropy_weight,
+                  double low, double high, double delta, double beta, int kl, bool kl_times_ratio, bool sequence,
+                  uintptr_t terms, uintptr_t grad_logps, uintptr_t grad_entropy, uintptr_t sums, int threads) {
+  const fastrl::PolicyTermsArgs args{
+      fp64, rows, cols, pointer<void>(logps), pointer<void>(entropy), pointer<void>(advantages), row_advantages,
+      pointer<void>(old_logps), pointer<void>(ref_logps), pointer<void>(gate), row_gate, pointer<uint8_t>(scored),
+      pointer<uint8_t>(mask), pointer<uint8_t>(live), pointer<void>(token_weight), pointer<void>(entropy_weight), low, high,
+      delta, beta, static_cast<fastrl::KlEstimator>(kl), kl_times_ratio, sequence, pointer<void>(terms),
+      pointer<void>(grad_logps), pointer<void>(grad_entropy), pointer<double>(sums)};
+  const int64_t most = std::max<int64_t>(1, rows * cols / kTokensPerThread);
+  py::gil_scoped_release release;
+  parallel_rows(rows, static_cast<int>(std::min<int64_t>(threads, most)),
+                [&](int64_t begin, int64_t end) { current_kernels->policy_terms(args, begin, end); });
 }
 
 void group_advantages(int dtype, uintptr_t rewards, uintptr_t group_ids, int64_t count, int baseline, int scale, double eps,
@@ -116,6 +136,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Row kernels of fastrl; call them through fastrl_kernels.cpu, which validates the arguments.";
   m.def("row_stats", &row_stats);
   m.def("row_grad", &row_grad);
+  m.def("policy_terms", &policy_terms);
   m.def("group_advantages", &group_advantages);
   m.def("instruction_sets", &instruction_sets, "Builds of the row kernels that run on this processor, best last.");
   m.def("instruction_set", [] { return std::string(current_kernels->name); }, "The build in use.");

@@ -1,7 +1,9 @@
 // exp and tanh that a compiler turns into vector code by itself, on any instruction set, without -ffast-math and without
-// a vector math library. Plain functions of one number, so that the same text can serve as host and as device code.
+// a vector math library. Plain functions of one number, so that the same text serves as host and as device code.
 // Both keep NaN. Errors against a long double libm, measured over a dense sweep: at most 2 ulp (float), 3 ulp (double).
 #pragma once
+
+#include <math.h>
 
 #include <cstdint>
 
@@ -9,6 +11,24 @@
 #define FASTRL_FN static __host__ __device__ __forceinline__
 #else
 #define FASTRL_FN static inline __attribute__((always_inline))
+#endif
+#if defined(__CUDACC__) && defined(__CUDA_ARCH__)
+#define FASTRL_ON_DEVICE  // the pass of nvcc that makes device code: the chip's own instructions may be used
+#endif
+
+// A member function is not `static`, whoever compiles it.
+#if defined(__CUDACC__)
+#define FASTRL_METHOD __host__ __device__ __forceinline__
+#else
+#define FASTRL_METHOD inline __attribute__((always_inline))
+#endif
+
+// Before a loop over a block of numbers: vector code on a CPU, an array in registers on a GPU.
+#define FASTRL_PRAGMA(text) _Pragma(#text)
+#if defined(__CUDACC__)
+#define FASTRL_LOOP(...) FASTRL_PRAGMA(unroll)
+#else
+#define FASTRL_LOOP(...) FASTRL_PRAGMA(omp simd __VA_ARGS__)
 #endif
 
 namespace fastrl {
@@ -36,6 +56,9 @@ FASTRL_FN double power_of_two(double shifted) {
 
 // exp(x) = 2^n exp(r), |r| <= ln(2)/2. Below -88 (double: -708.5) the result is 0: a subnormal probability is noise.
 FASTRL_FN float exp_of(float x) {
+#if defined(FASTRL_ON_DEVICE)
+  return expf(x);  // by the chip's 2^x: 8 instructions for 20, or a bf16 tile would be read at half the memory's speed
+#else
   const float c = x < -88.0f ? -88.0f : (x > 88.0f ? 88.0f : x);  // a NaN fails both comparisons and stays
   const float shifted = mul_add(c, 1.44269504088896341f, 12582912.0f);
   const float n = shifted - 12582912.0f;
@@ -48,6 +71,7 @@ FASTRL_FN float exp_of(float x) {
   p = mul_add(p, r, 5.0000001201e-1f);
   p = mul_add(p, r * r, r) + 1.0f;
   return p * power_of_two(shifted);
+#endif
 }
 FASTRL_FN double exp_of(double x) {
   const double c = x < -709.0 ? -709.0 : (x > 709.0 ? 709.0 : x);

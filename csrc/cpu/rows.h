@@ -1,51 +1,17 @@
-// The two row passes of the loss over a tile of raw logits, and the table of their builds per instruction set.
+// The row passes on the CPU, and the table of their builds per instruction set.
 #pragma once
 
-#include <cstdint>
+#include "../rows.h"
+#include "policy_terms.h"
 
 namespace fastrl {
-
-enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2 };
-
-// logit = softcap * tanh((product + bias) * logit_scale / softcap) / temperature; softcap <= 0 means none.
-struct Transform {
-  double temperature;
-  double logit_scale;
-  double softcap;
-  const void* bias;  // [V] in the accumulation type (float; double for a double tile), or null
-};
-
-// Accumulation type A: double for a double tile, float otherwise. All vectors are [rows] of A unless said.
-struct StatsArgs {
-  DType dtype;
-  const void* tile;  // [rows, cols], elements of dtype
-  int64_t rows, cols, stride;
-  const int64_t* ids;  // [rows]; -1: the token is in another vocabulary shard, its logp is -inf
-  Transform transform;
-  void *row_max, *log_sum, *logps;
-  void* mean;  // or null
-};
-
-struct GradArgs {
-  DType dtype;
-  const void* tile;
-  int64_t cols, stride;
-  void* out;  // [moves, cols] of dtype; may be the tile itself
-  int64_t out_stride;
-  const int64_t* ids;
-  Transform transform;
-  const void *row_max, *log_sum;
-  const void* mean;                                      // null iff grad_entropy is null
-  const void *grad_logps, *grad_entropy, *grad_lse;      // each may be null
-  const int64_t *source, *target;                        // [moves], or both null: row i goes to row i
-  int64_t moves;
-};
 
 // Each processes the rows (moves) [begin, end); rows are independent, so any split over threads gives the same bits.
 struct RowKernels {
   const char* name;
   void (*stats)(const StatsArgs&, int64_t begin, int64_t end);
   void (*grad)(const GradArgs&, int64_t begin, int64_t end);
+  void (*policy_terms)(const PolicyTermsArgs&, int64_t begin, int64_t end);
 };
 
 const RowKernels& row_kernels_generic();
