@@ -326,6 +326,11 @@ def linear_policy_loss(
     score_dead: bool = False,
     tp_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
+    weight_grad: Tensor | None = None,  # (V, D)
+    memory_budget: int | None = None,
+    grad_tolerance: float = 0.0,
+    capturable: bool = False,
+    explain: bool = False,
 ) -> LossOutput:
     """The policy loss straight from hidden states and the LM head; the logits are never built.
 
@@ -337,10 +342,9 @@ def linear_policy_loss(
     ratio, off-policy mask, entropy quantile) it is `linear_logprobs` and `policy_loss`: (2 + 6l)NDV. Without a gradient
     (`torch.no_grad`) only the 2NDV of the logits are spent; a frozen weight has no dW, neither time nor memory.
 
-    Beside inputs and gradients it holds one tile of logits: `fastrl_kernels.engine.TILE_BYTES`, 48 MiB on the CPU and
-    512 MiB on a GPU, but at least 128 rows; for a half-precision weight also dW in fp32. The gradients are made in the
-    forward; the first backward scales them in place and hands them over (a second one, after retain_graph, computes
-    them again).
+    Beside inputs and gradients it holds one tile of logits, 48 MiB on the CPU and 512 MiB on a GPU, but at least 128
+    rows (see memory_budget); for a half-precision weight also dW in fp32. The gradients are made in the forward; the
+    first backward scales them in place and hands them over (a second one, after retain_graph, computes them again).
 
     Args:
         hidden: `(B, T, D)`, fp32, fp64, bf16 or fp16: `hidden[b, t]` scores `ids[b, t]`.
@@ -349,6 +353,16 @@ def linear_policy_loss(
         ids: `(B, T)` integers in `[0, V)` where the mask is set, anything elsewhere.
         score_dead: also score tokens that carry no gradient. Otherwise their logps are 0 and they do not enter the
             entropy metric.
+        weight_grad: `(V, D)` fp32 (fp64 for fp64 inputs), such as an fp32 weight's `.grad` or Megatron's `main_grad`: dW
+            is added to it chunk by chunk, in the forward, and weight gets no gradient from autograd. So the loss must
+            meet backward() unscaled, which is checked. Token-local objectives only; not under torch.compile.
+        grad_tolerance: 0 (exact), or the share of each chunk's gradient, in the sum of the rows' L1 norms of dlogits,
+            that may be left out: the rows of smallest norm cost their logits and nothing more. Each row's norm is
+            `2|c|(1 - p)`, c being d loss / d logp (an entropy bonus adds at most `2|c_H|H`). What was dropped are the
+            metrics `grad_skipped/rows` (share of the live rows) and `grad_skipped/norm` (share of the norms' sum).
+        capturable: nothing depends on values, so that a CUDA graph can capture the call: dead rows run too (as zeros),
+            ids are not checked on a GPU (one out of range gives NaN). Old logps and all constants stay what they were.
+        memory_budget, explain: see `linear_logprobs`.
         The rest: see `policy_loss`.
 
     Returns:
@@ -361,6 +375,7 @@ def linear_policy_loss(
         raise ValueError(f"hidden: expected shape (B, T, D), got {tuple(hidden.shape)}")
     validation.check_weight(weight, bias, hidden)
     validation.check_ids(ids, tuple(hidden.shape[:-1]), hidden.device)
+    validation.check_run(memory_budget, grad_tolerance, capturable)
     hidden, weight, bias = harmonize(hidden, weight, bias)
     shape, device = ids.shape, hidden.device
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -369,6 +384,11 @@ def linear_policy_loss(
     live = objective.live_tokens(advantages=advantages, mask=mask, importance_ratio=importance_ratio)
     name = backends.choose(backend, device)
     head = {"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+    run = {"memory_budget": memory_budget, "capturable": capturable, "explain": explain}
+    if weight_grad is not None:
+        validation.check_weight_grad(weight_grad, weight, dtype)
+        if not objective.token_local or name == "reference":
+            raise ValueError("weight_grad: dW is made in the forward only for a token-local objective and not by the reference")
 
     if not objective.token_local or name == "reference":
         scored = live
@@ -378,7 +398,7 @@ def linear_policy_loss(
             scored = live.any(-1, keepdim=True) & mask
         stats = linear_logprobs(
             hidden, weight, ids, mask=scored, entropy=True, tp_group=tp_group, backend=backend,
-            **head,  # type: ignore[arg-type]
+            grad_tolerance=grad_tolerance, **head, **run,  # type: ignore[arg-type]
         )  # fmt: skip
         assert stats.entropy is not None
         entropy = stats.entropy if objective.entropy_coef != 0 else stats.entropy.detach()
@@ -393,19 +413,28 @@ def linear_policy_loss(
     def flat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.expand(shape).reshape(-1)
 
-    loss, logps, entropy, *_ = ops.linear_policy_loss(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, ids.reshape(-1).to(torch.int64), live.reshape(-1),
-        (mask & ~live).reshape(-1) if score_dead else None, weights.reshape(-1), flat(bonus), flat(tokens.advantages),
-        flat(tokens.old_logps), flat(tokens.ref_logps), flat(tokens.gate), objective.handle, True, *needs,  # type: ignore[attr-defined]
-        transform.temperature, transform.logit_scale, transform.softcap, name,
-        "" if tp_group is None else tp_group.group_name,
+    constants = (tokens.advantages, tokens.old_logps, tokens.ref_logps, tokens.gate)
+    vectors = (weights.reshape(-1), *(flat(x) for x in (bonus, *constants)))
+    rows = (ids.reshape(-1).to(torch.int64), live.reshape(-1), (mask & ~live).reshape(-1) if score_dead else None)
+    settings = (
+        objective.handle, True, *needs, float(grad_tolerance), transform.temperature, transform.logit_scale,  # type: ignore[attr-defined]
+        transform.softcap, name, "" if tp_group is None else tp_group.group_name, *run.values(),
     )  # fmt: skip
-    ops.give_up_gradients(loss)
+    states = hidden.reshape(-1, hidden.shape[-1])
+    if weight_grad is None:
+        loss, logps, entropy, skipped, *_ = ops.linear_policy_loss(states, weight, bias, *rows, *vectors, *settings)
+        ops.give_up_gradients(loss)
+    else:
+        outputs = ops.PolicyLossInto.apply(states, weight, bias, *rows, *vectors, weight_grad, *settings)
+        loss, logps, entropy, skipped = outputs
     logps, entropy = logps.view(shape).detach(), entropy.view(shape).detach()
     tokens = replace(tokens, logps=logps, entropy=entropy, mask=mask if score_dead else live)
     metrics = objective.metrics(tokens, mask, live)
     policy = loss.detach()
     metrics["policy_loss"] = policy if bonus is None else policy + (entropy * bonus).sum()
+    if grad_tolerance > 0:
+        metrics["grad_skipped/rows"] = skipped[0] / live.sum().clamp(min=1)
+        metrics["grad_skipped/norm"] = torch.where(skipped[2] > 0, skipped[1] / skipped[2], 0.0)
     return LossOutput(loss, logps, metrics)
 
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from .head import LogitTransform, RowStats
+from .objective import PolicySpec, PolicyTerms, TokenBatch
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 _MODULES = {"reference": ".reference", "cpu": ".cpu", "triton": ".triton"}
 
 
 class Backend(Protocol):
-    """The three functions of a backend, defined by the ones of the same names in `reference`."""
+    """The functions of a backend, defined by those of the same names in `reference`; `policy_terms` by the objective."""
 
     def row_stats(
         self, tile: Tensor, ids: Tensor, transform: LogitTransform, bias: Tensor | None, entropy: bool
@@ -41,7 +42,25 @@ class Backend(Protocol):
         target: Tensor | None,
     ) -> None: ...
 
+    def policy_terms(
+        self,
+        spec: PolicySpec,
+        tokens: TokenBatch,
+        token_weight: Tensor,
+        entropy_weight: Tensor | None,
+        mask: Tensor | None = None,
+        live: Tensor | None = None,
+        *,
+        terms: bool = True,
+        gradients: bool = True,
+        sums: bool = True,
+    ) -> PolicyTerms: ...
+
     def group_advantages(self, rewards: Tensor, group_ids: Tensor, baseline: str, scale: str, eps: float) -> Tensor: ...
+
+    def gae(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, through_mask: bool
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def triton_interpreted() -> bool:

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import backends, ops, reference, validation
-from .head import LogitTransform
+from . import backends, ops, planner, reference, validation
+from .head import LogitTransform, accumulation_dtype
 
 
 class TokenStats(NamedTuple):
@@ -43,6 +43,10 @@ def linear_logprobs(
     entropy: bool = False,
     tp_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
+    memory_budget: int | None = None,
+    grad_tolerance: float = 0.0,
+    capturable: bool = False,
+    explain: bool = False,
 ) -> TokenStats:
     """Log-probabilities of given tokens straight from hidden states and the LM head, without the logits.
 
@@ -50,9 +54,9 @@ def linear_logprobs(
     `z.log_softmax(-1).gather(-1, ids[..., None])`, the entropy of `z.softmax(-1)` and `z.logsumexp(-1)`.
 
     Differentiable in hidden, weight and bias through all three outputs. The forward costs 2NDV FLOPs for N tokens in
-    the mask, the backward 6lNDV, l being the share of tokens whose upstream gradient is not exactly 0; no term is
-    computed, and no buffer made, for an input that needs no gradient. Beside inputs, outputs and gradients it holds
-    one tile of logits (`fastrl_kernels.engine.TILE_BYTES`: 48 MiB on the CPU, but at least 128 rows); for a
+    the mask, the backward 6lNDV, l being the share of tokens whose upstream gradient is not exactly 0 (4lNDV where the
+    logits of all tokens fit the memory budget, and are kept); no term is computed, and no buffer made, for an input
+    that needs no gradient. Beside inputs, outputs and gradients it holds one tile of logits, see memory_budget; for a
     half-precision weight also dW in fp32. Calling it twice gives the same bits.
 
     Args:
@@ -67,7 +71,14 @@ def linear_logprobs(
         entropy: also return the entropy.
         tp_group: process group over which the vocabulary is sharded, in rank order, in shards of any size; hidden and
             ids are the same on every rank, and so are the results and hidden's gradient.
-        backend: None chooses; "reference" (eager), "cpu", "triton" force.
+        backend: None chooses; "reference" (eager), "cpu", "triton", "cuda" force.
+        memory_budget: bytes that tiles of logits may take. None: 48 MiB on the CPU, 512 MiB on a GPU, but at least 128
+            rows, and never more than half of the free memory. A budget given is kept to the row.
+        grad_tolerance: 0 (exact), or the share of the gradient, in the sum of the rows' L1 norms of dlogits, that the
+            backward may leave out: the rows of smallest norm are dropped as if they were dead.
+        capturable: nothing depends on values (no dropping of rows, no synchronisation), so that a CUDA graph can
+            capture the call; ids are then not checked on a GPU, one out of range gives NaN.
+        explain: print the planner's schedule and its reasons.
 
     Returns:
         TokenStats in fp32 (fp64 for fp64 inputs).
@@ -82,6 +93,7 @@ def linear_logprobs(
     """
     validation.check_weight(weight, bias, hidden)
     validation.check_ids(ids, tuple(hidden.shape[:-1]), hidden.device)
+    validation.check_run(memory_budget, grad_tolerance, capturable)
     mask = validation.check_mask(mask, tuple(ids.shape), hidden.device)
     transform = LogitTransform(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
     name = backends.choose(backend, hidden.device)
@@ -95,9 +107,16 @@ def linear_logprobs(
         ops.check_range(mask, ids, weight.shape[0])
         logps, entropies, lse = reference.linear_logprobs(hidden, weight, ids, bias, transform, mask, entropy)
     else:
+        group = "" if tp_group is None else tp_group.group_name
+        wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+        keep = (
+            wanted
+            and tp_group is None
+            and planner.keeps_logits(ids.shape[0], weight.shape[0], weight.dtype, hidden.device, memory_budget)
+        )
         logps, entropies, lse, *_ = ops.linear_logprobs(
-            hidden, weight, bias, ids, mask, entropy, transform.temperature, transform.logit_scale,
-            transform.softcap, name, "" if tp_group is None else tp_group.group_name,
+            hidden, weight, bias, ids, mask, entropy, keep, float(grad_tolerance), transform.temperature,
+            transform.logit_scale, transform.softcap, name, group, memory_budget, capturable, explain,
         )  # fmt: skip
     return TokenStats(logps.view(shape), entropies.view(shape) if entropy else None, lse.view(shape))  # type: ignore[union-attr]
 
@@ -198,3 +217,60 @@ def group_advantages(
     if name == "reference":
         return reference.group_advantages(rewards, group_ids, baseline, scale, eps)
     return ops.group_advantages(rewards, group_ids, baseline, scale, float(eps), name)
+
+
+def gae(
+    rewards: Tensor,  # (B, T)
+    values: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T)
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    through_mask: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16) over the tokens of the mask; no gradient.
+
+    Eager equivalent, from the last token of a sequence to its first, `A` and `V_next` starting at 0:
+    `A = r + gamma * V_next - V + gamma * lam * A; V_next = V`. The return, which the value function learns, is `A + V`.
+
+    Tokens outside the mask (padding on either side, a tool's answer between two turns) are skipped: the step before
+    them bootstraps from the next token of the mask, undiscounted by the gap, as in verl 0.9. With `through_mask` they
+    are steps of reward 0 and value 0 that discount, as in OpenRLHF 0.11. A sequence ends with its last token: the
+    value after it is 0. A reverse scan on every backend but the reference, one pass over memory.
+
+    Args:
+        rewards: `(B, T)` floating point, per token (an outcome reward goes on the last token).
+        values: `(B, T)` floating point: the value function at each token, before it is taken.
+        mask: `(B, T)`, nonzero where the token counts. Elsewhere rewards and values are never used and may be NaN.
+        gamma: discount per token; lam: the lambda of the estimator; both in [0, 1].
+        through_mask: discount through the tokens outside the mask instead of skipping them.
+        backend: None chooses; "reference", "cpu", "triton" force.
+
+    Returns:
+        advantages and returns, each `(B, T)` in fp32 (fp64 where an input is fp64), not whitened, exactly 0 outside the
+        mask.
+
+    Raises:
+        ValueError, TypeError: gamma or lam out of range, or an argument of the wrong shape, dtype or device.
+        RuntimeError: the forced backend does not work on this machine; the message says why.
+    """
+    for name, x in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= x <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {x}")
+    validation.check_floating("rewards", rewards)
+    validation.check_floating("values", values)
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards: expected shape (B, T), got {tuple(rewards.shape)}")
+    validation.check_shape("values", values, tuple(rewards.shape), "one per token, as rewards")
+    if values.device != rewards.device:
+        raise ValueError(f"values: expected on {rewards.device}, where rewards is, got {values.device}")
+    checked = validation.check_mask(mask, tuple(rewards.shape), rewards.device)
+    if checked is None:
+        raise ValueError("mask: expected a (B, T) tensor, got None")
+    chosen = backends.choose(backend, rewards.device)
+    dtype = accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
+    inputs = (x.detach().to(dtype).contiguous() for x in (rewards, values))
+    if chosen == "reference":
+        return reference.gae(*inputs, checked, gamma, lam, through_mask)
+    return ops.gae(*inputs, checked.contiguous(), float(gamma), float(lam), through_mask, chosen)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,11 +29,51 @@ class TokenBatch:
 
 
 class TokenObjective(Protocol):
-    """A token-local objective: the loss of a token depends on its own logp and entropy and on constants only."""
+    """A token-local objective: the loss of a token depends on its own logp and entropy and on constants only.
+
+    It may also have an attribute `kernel_spec: PolicySpec | None`. Where that is not None, a backend's `policy_terms`
+    stands in for `token_loss` and its gradient.
+    """
 
     def token_loss(self, tokens: TokenBatch) -> Tensor:
         """Per-token loss `[...]`, before aggregation weights and without the entropy bonus."""
         ...
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """The numbers of a clipped policy objective: all that a backend's `policy_terms` is told of it."""
+
+    low: float  # the ratio is clipped to [low, high]
+    high: float
+    delta: float  # upper bound of the unclipped ratio; inf for none
+    beta: float  # weight of the KL term; 0: it is not computed
+    kl_estimator: str  # "k1", "k2" or "k3"
+    kl_times_ratio: bool
+    sequence: bool  # one ratio per row, from the row's mean log-ratio, instead of one per token
+
+
+class TermSums(NamedTuple):
+    """Sums over each row of a batch, (B,) in fp64, from which the loss and all metrics follow."""
+
+    policy: Tensor  # weighted loss of the scored tokens, without the entropy bonus
+    bonus: Tensor  # weighted entropy
+    kl: Tensor  # KL of the scored tokens, before weights; 0 where beta is
+    entropy: Tensor
+    scored: Tensor  # number of scored tokens
+    counted: Tensor  # number of tokens of the whole mask
+    live: Tensor
+    low: Tensor  # scored tokens clipped from below; for one ratio and advantage per row: 1 if it is clipped
+    high: Tensor
+
+
+class PolicyTerms(NamedTuple):
+    """What a backend's `policy_terms` returns; None for what was not asked for."""
+
+    terms: Tensor | None  # (B, T) contribution of each token to the loss; 0 where it is not scored
+    grad_logps: Tensor | None  # (B, T) gradient of the sum of the terms
+    grad_entropy: Tensor | None  # (B, T); also None without a bonus
+    sums: Tensor | None  # (B, 9) fp64, the columns of TermSums
 
 
 _counter = itertools.count()
@@ -75,23 +116,41 @@ def _autograd_enabled_here() -> torch._C._ForceDispatchKeyGuard:
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
+def weighted_terms(
+    objective: TokenObjective,
+    tokens: TokenBatch,
+    weight: Tensor,  # aggregation weight of each token's loss
+    entropy_weight: Tensor | None,  # weight of each token's entropy in the bonus, or None for no bonus
+) -> Tensor:
+    """Contribution of each token to the loss, from the objective's one definition; 0 where it is not scored."""
+    terms = objective.token_loss(tokens) * weight
+    if entropy_weight is not None and tokens.entropy is not None:
+        terms = terms - entropy_weight * tokens.entropy
+    return terms if tokens.mask is None else torch.where(tokens.mask, terms, 0.0)
+
+
 def coefficients(
     objective: TokenObjective,
     tokens: TokenBatch,  # [n] vectors
-    weight: Tensor,  # (n,) aggregation weight of each token's loss
-    entropy_weight: Tensor | None,  # (n,) weight of each token's entropy in the bonus, or None for no bonus
+    weight: Tensor,  # (n,)
+    entropy_weight: Tensor | None,  # (n,)
+    kernel: Callable[..., PolicyTerms] | None = None,  # a backend's policy_terms
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Contribution of each token to the loss, and the gradient of their sum with respect to logps and entropy.
+    """Contribution of each token of a chunk to the loss, and the gradient of their sum in logps and in entropy.
 
-    Runs the objective's one definition under autograd, on vectors of one chunk.
+    One launch of `kernel` for an objective that has a `kernel_spec`; else the objective's definition under autograd.
     """
+    spec: PolicySpec | None = getattr(objective, "kernel_spec", None)
+    if kernel is not None and spec is not None:
+        row = TokenBatch(*(None if x is None else x.unsqueeze(0) for x in vars(tokens).values()))  # type: ignore[arg-type]
+        bonus = None if entropy_weight is None else entropy_weight.unsqueeze(0)
+        made = kernel(spec, row, weight.unsqueeze(0), bonus, sums=False)
+        assert made.terms is not None and made.grad_logps is not None  # they were asked for
+        return made.terms[0], made.grad_logps[0], None if made.grad_entropy is None else made.grad_entropy[0]
     with _autograd_enabled_here(), torch.enable_grad():
         logps = tokens.logps.detach().requires_grad_()
         entropy = None if tokens.entropy is None else tokens.entropy.detach().requires_grad_()
-        live = TokenBatch(logps, entropy, tokens.advantages, tokens.old_logps, tokens.ref_logps, tokens.gate)
-        terms = objective.token_loss(live) * weight
-        if entropy_weight is not None and entropy is not None:
-            terms = terms - entropy_weight * entropy
+        terms = weighted_terms(objective, replace(tokens, logps=logps, entropy=entropy), weight, entropy_weight)
         inputs = [logps] if entropy is None else [logps, entropy]
         grads = torch.autograd.grad(terms.sum(), inputs, allow_unused=True)
     grad_logps = torch.zeros_like(logps) if grads[0] is None else grads[0]

@@ -97,6 +97,23 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, baseline: str, scale: s
     return advantages.masked_fill(nothing, 0.0).to(rewards.dtype)
 
 
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, through_mask: bool
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation, step by step from the last; see `functional.gae`."""
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    advantages = torch.zeros_like(rewards)
+    advantage = next_value = rewards.new_zeros(rewards.shape[0])
+    for t in reversed(range(rewards.shape[1])):
+        step = mask[:, t] | through_mask
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = torch.where(step, delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(step, values[:, t], next_value)
+        advantages[:, t] = advantage
+    advantages = torch.where(mask, advantages, 0.0)
+    return advantages, advantages + values
+
+
 # What a backend provides, on a tile of raw products -----------------------------------------------------------------
 
 

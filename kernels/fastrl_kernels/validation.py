@@ -65,3 +65,21 @@ def check_weight(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> None:
         check_floating("bias", bias)
         check_shape("bias", bias, (weight.shape[0],), "one entry per vocabulary row of weight")
         check_device("bias", bias, hidden.device)
+
+
+def check_run(memory_budget: int | None, grad_tolerance: float, capturable: bool) -> None:
+    """Checks of the arguments that say how to run, not what to compute."""
+    if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
+        raise ValueError(f"memory_budget: expected None or a number of bytes above 0, got {memory_budget!r}")
+    if not 0 <= grad_tolerance < 1:
+        raise ValueError(f"grad_tolerance: expected a number in [0, 1), got {grad_tolerance!r}")
+    if capturable and grad_tolerance > 0:
+        raise ValueError("grad_tolerance: dropping rows needs their number on the host, which capturable rules out")
+
+
+def check_weight_grad(weight_grad: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+    """Checks of a buffer that dW is added to."""
+    check_shape("weight_grad", weight_grad, tuple(weight.shape), "as weight")
+    check_device("weight_grad", weight_grad, weight.device)
+    if weight_grad.dtype != dtype or not weight_grad.is_contiguous():
+        raise TypeError(f"weight_grad: expected a contiguous {dtype} buffer, got {weight_grad.dtype}; dW is summed in it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,19 +10,17 @@ from tolerance import assert_as_accurate
 from torch import Tensor
 
 import fastrl
-from fastrl_kernels import engine, ops
+from fastrl_kernels import ops, planner
 
 CPU_BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles() -> Iterator[None]:
     """Chunks of a few rows and columns, so that small inputs cross every border."""
-    monkeypatch.setattr(engine, "TILE_BYTES", {"cpu": 1})
-    monkeypatch.setattr(engine, "MIN_ROWS", 3)
-    monkeypatch.setattr(engine, "CPU_BLOCK", 100)
-    monkeypatch.setattr(engine, "CPU_SCORE_ROWS", 4)
+    with planner.forced(tile_bytes=1, min_rows=3, weight_block=100, score_rows=4):
+        yield
 
 
 def inputs(
@@ -142,7 +140,7 @@ def test_gradcheck(backend: str, small_tiles: None) -> None:
     )
 
 
-def test_chunks_change_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_change_rounding_only() -> None:
     hidden, weight, ids, bias = inputs(50, 16, 300, torch.float32, True)
     upstream = [torch.randn(50) for _ in range(3)]
 
@@ -150,18 +148,15 @@ def test_chunks_change_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
         return fastrl.linear_logprobs(x[0], x[1], ids, bias=x[2], entropy=True)
 
     truth = run(call, [hidden, weight, bias], upstream, torch.float64)
-    monkeypatch.setattr(engine, "TILE_BYTES", {"cpu": 1})
     errors = []
     for rows, block in ((50, 1024), (7, 64), (1, 1)):
-        monkeypatch.setattr(engine, "MIN_ROWS", rows)
-        monkeypatch.setattr(engine, "CPU_BLOCK", block)
-        monkeypatch.setattr(engine, "CPU_SCORE_ROWS", rows)
-        out = run(call, [hidden, weight, bias], upstream)
+        with planner.forced(tile_bytes=1, min_rows=rows, weight_block=block, score_rows=rows):
+            out = run(call, [hidden, weight, bias], upstream)
         errors.append(max(((o - t).abs().max() / t.abs().max()).item() for o, t in zip(out, truth, strict=True)))
     assert max(errors) < 2e-6, errors  # 50 chunks of one row are as good as one
 
 
-def test_bf16_weight_gradient_does_not_decay_with_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_weight_gradient_does_not_decay_with_chunks() -> None:
     """dW is summed in fp32 and rounded once: its error is flat in the number of chunks."""
     hidden, weight, ids, _ = inputs(256, 8, 64, torch.bfloat16)
     upstream = [torch.rand(256), torch.zeros(256), torch.zeros(256)]
@@ -170,11 +165,10 @@ def test_bf16_weight_gradient_does_not_decay_with_chunks(monkeypatch: pytest.Mon
         return fastrl.linear_logprobs(x[0], x[1], ids, entropy=True)
 
     truth = run(call, [hidden, weight], upstream, torch.float64)[-1]
-    monkeypatch.setattr(engine, "TILE_BYTES", {"cpu": 1})
     errors = []
     for rows in (256, 16, 1):
-        monkeypatch.setattr(engine, "MIN_ROWS", rows)
-        errors.append((run(call, [hidden, weight], upstream)[-1].double() - truth).abs().max().item())
+        with planner.forced(tile_bytes=1, min_rows=rows):
+            errors.append((run(call, [hidden, weight], upstream)[-1].double() - truth).abs().max().item())
     assert max(errors) <= 1.05 * errors[0] + 1e-9, errors
 
 
@@ -358,16 +352,21 @@ def test_compiles_as_one_graph() -> None:
 def test_operators_are_well_registered() -> None:
     hidden, weight, ids, bias = inputs(6, 4, 20, torch.float32, True)
     mask = torch.tensor([1, 1, 0, 1, 1, 1]).bool()
+    end = ("cpu", "", None, False, False)
     for grad in (False, True):
         h, w, b = (x.detach().requires_grad_(grad) for x in (hidden, weight, bias) if x is not None)
-        torch.library.opcheck(ops.linear_logprobs, (h, w, b, ids, mask, True, 0.9, 1.0, 5.0, "cpu", ""))
-        torch.library.opcheck(ops.linear_logprobs, (h, w, None, ids, None, False, 0.9, 1.0, None, "cpu", ""))
+        for keep in (False, True):
+            torch.library.opcheck(ops.linear_logprobs, (h, w, b, ids, mask, True, keep, 0.0, 0.9, 1.0, 5.0, *end))
+        torch.library.opcheck(ops.linear_logprobs, (h, w, None, ids, None, False, False, 0.1, 0.9, 1.0, None, *end))
         logits = torch.randn(6, 20).requires_grad_(grad)
         torch.library.opcheck(ops.logprobs_from_logits, (logits, ids, mask, True, 0.9, "cpu"))
     with torch.no_grad():
-        stats = ops.linear_logprobs(hidden, weight, bias, ids, mask, True, 1.0, 1.0, None, "cpu", "")
+        logps, entropy, _, *kept = ops.linear_logprobs(
+            hidden, weight, bias, ids, mask, True, True, 0.0, 1.0, 1.0, None, *end
+        )
         g = [torch.randn(6) for _ in range(3)]
-        args = (hidden, weight, bias, ids, mask, *stats[3:], *g, True, True, True, 1.0, 1.0, None, "cpu", "")
+        saved = (hidden, weight, bias, ids, mask, logps, entropy, *kept)
+        args = (*saved, *g, True, True, True, 0.0, 1.0, 1.0, None, *end)
         torch.library.opcheck(ops.linear_logprobs_backward, args)
         logits = torch.randn(6, 20)
         stats = ops.logprobs_from_logits(logits, ids, mask, True, 1.0, "cpu")

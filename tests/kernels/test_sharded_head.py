@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import fastrl
-from fastrl_kernels import engine
+from fastrl_kernels import planner
 
 N, D, V = 200, 8, 101
 
@@ -46,7 +46,11 @@ def run(world: int, body: Callable[[int, int], None], folder: Path) -> None:
 
 
 def vocabulary_parallel(rank: int, world: int) -> None:
-    engine.TILE_BYTES, engine.MIN_ROWS = {"cpu": 30_000}, 1  # several chunks, more rows for a smaller shard
+    with planner.forced(tile_bytes=30_000, min_rows=1):  # several chunks; a smaller shard alone would take more rows
+        _vocabulary_parallel(rank, world)
+
+
+def _vocabulary_parallel(rank: int, world: int) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(N, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
     bias, ids = torch.randn(V, dtype=torch.float64), torch.randint(V, (N,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import fastrl
 from fastrl import PolicyObjective
-from fastrl_kernels import TokenBatch, engine, ops
+from fastrl_kernels import TokenBatch, engine, ops, planner
 from fastrl_kernels.engine import pack
 
 B, T, D, V = 4, 6, 8, 130
@@ -37,11 +38,9 @@ OBJECTIVES = {
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "TILE_BYTES", {"cpu": 1})
-    monkeypatch.setattr(engine, "MIN_ROWS", 5)
-    monkeypatch.setattr(engine, "CPU_BLOCK", 50)
-    monkeypatch.setattr(engine, "CPU_SCORE_ROWS", 7)
+def small_tiles() -> Iterator[None]:
+    with planner.forced(tile_bytes=1, min_rows=5, weight_block=50, score_rows=7):
+        yield
 
 
 def batch(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def test_dead_rows_are_dropped_exactly_and_before_the_gemms(monkeypatch: pytest.
     projected: list[int] = []
     project = engine.Head.project
     monkeypatch.setattr(
-        engine.Head, "project", lambda self, x, tile: projected.append(x.shape[0]) or project(self, x, tile)
+        engine.Head, "project", lambda self, x, *tile: projected.append(x.shape[0]) or project(self, x, *tile)
     )
     added: list[int] = []
     add = engine._Accumulator.add
@@ -250,11 +249,12 @@ def test_backward_twice_same_bits_inputs_untouched() -> None:
         assert torch.equal(x.grad, 2 * t)  # type: ignore[arg-type]
 
 
-def test_large_chunks_and_small_ones_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_chunks_and_small_ones_agree() -> None:
     data, objective = batch(torch.float32), OBJECTIVES["grpo with everything"]
     small = fused(data, objective, torch.float32)
-    monkeypatch.setattr(engine, "MIN_ROWS", 1000)
-    for a, b in zip(small, fused(data, objective, torch.float32), strict=True):
+    with planner.forced(min_rows=1000):
+        large = fused(data, objective, torch.float32)
+    for a, b in zip(small, large, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
@@ -355,8 +355,12 @@ def test_operator_is_well_registered() -> None:
         h = data["hidden"].reshape(-1, D).detach().requires_grad_(grad)
         w = data["weight"].detach().requires_grad_(grad)
         args = (h, w, None, data["ids"].reshape(-1), mask, ~mask, weight, weight * 0.1, *flat, None)
-        settings = (objective.handle, True, grad, grad, False, 0.9, 1.0, None, "cpu", "")  # type: ignore[attr-defined]
+        run = (0.0, 0.9, 1.0, None, "cpu", "", None, False, False)
+        settings = (objective.handle, True, grad, grad, False, *run)  # type: ignore[attr-defined]
         torch.library.opcheck(ops.linear_policy_loss, (*args, *settings))
+    into = (*args, torch.zeros(V, D), *settings)
+    with torch.no_grad():
+        torch.library.opcheck(ops.linear_policy_loss_into, into)
 
 
 def test_objectives_copy_and_pickle() -> None:
