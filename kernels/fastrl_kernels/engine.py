@@ -111,7 +111,8 @@ class Head:
 
     def fused_stats(self, x: Tensor, ids: Tensor, entropy: bool) -> RowStats:
         """Both in one kernel of the backend: the logits never leave the chip."""
-        return self._combine(self.backend.linear_row_stats(x, self.weight, ids, self.transform, self.bias, entropy))
+        fused = self.backend.linear_row_stats  # type: ignore[attr-defined]  # not every backend has one
+        return self._combine(fused(x, self.weight, ids, self.transform, self.bias, entropy))
 
     def _combine(self, stats: RowStats) -> RowStats:
         return stats if self.group is None else combine_shards(stats, self.group)
@@ -307,9 +308,9 @@ def backward(
         elif places is None and isinstance(part, slice):
             products = logits[part]
         else:
-            where = _take(places, part) if places is not None else part
-            torch.index_select(logits, 0, where, out=products)
-        head.backend.row_grad(products, out, ids, head.transform, head.bias, *chunk, None, None)  # type: ignore[arg-type]
+            where = part if places is None else _take(places, part)
+            torch.index_select(logits, 0, where, out=products)  # type: ignore[arg-type]
+        head.backend.row_grad(products, out, ids, head.transform, head.bias, *chunk, None, None)  # type: ignore
         total.add(out, x, part)
     return total.finish()
 

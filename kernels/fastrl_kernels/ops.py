@@ -387,8 +387,7 @@ def _policy_loss(
         columns = iter((table[:, rows] if isinstance(rows, slice) else table.index_select(1, rows)).unbind())
         given: dict[str, Any] = {name: None if x is None else next(columns) for name, x in vectors.items()}
         weight, bonus = given.pop("weight"), given.pop("entropy_weight")
-        return coefficients(rule, TokenBatch(logps, entropies, **given), weight, bonus, getattr(head.backend, "policy_terms", None))
-
+ZZZ
     capturable = settings.capturable
     live_rows = _select(inside if capturable else live, ids, vocabulary, capturable)
     dead_rows, scored = None, 0
@@ -570,7 +569,9 @@ class PolicyLossInto(torch.autograd.Function):
             raise ValueError(f"{message}; pass the scale as `normalizer`, or leave weight_grad out")
         if grads[0].device.type != "cpu":
             torch._assert_async(grads[0] == 1.0, message)
-        return *(g if need else None for g, need in zip((dx, None, dbias), ctx.needs_input_grad, strict=False)), *nothing
+        return *(
+            g if need else None for g, need in zip((dx, None, dbias), ctx.needs_input_grad, strict=False)
+        ), *nothing
 
 
 # Policy objective on given log-probabilities ------------------------------------------------------------------------
@@ -602,8 +603,7 @@ def policy_terms(
     assert made.sums is not None  # sums are always asked for here
     columns = TermSums(*made.sums.unbind(-1))
     loss = columns.policy.sum() - columns.bonus.sum()
-    empty = logps.new_empty(0)
-    grads = (empty if g is None else g for g in (made.grad_logps, made.grad_entropy))
+    grads = (logps.new_empty(0) if g is None else g for g in (made.grad_logps, made.grad_entropy))
     return loss.to(logps.dtype), made.sums, *grads  # type: ignore[return-value]
 
 
@@ -631,21 +631,22 @@ def _policy_terms_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple
     nothing = [None] * 12
     if grad_loss is None:
         return None, None, *nothing
-    logps, entropy, *constants, grad_logps, grad_entropy = ctx.saved_tensors
+    logps, entropy, *constants, token_weight, entropy_weight, grad_logps, grad_entropy = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
     if torch.is_grad_enabled():  # create_graph: this gradient will be differentiated, so it comes from the definition
-        weights, scored = constants[-2:], constants[4]
+        scored = constants[4]
 
         def clean(x: Tensor | None) -> Tensor | None:
             return x if x is None or x.shape != scored.shape else torch.where(scored, x, 0.0)
 
-        tokens = TokenBatch(*(clean(x) for x in (logps, entropy, *constants[:4])), scored)  # type: ignore[arg-type]
-        loss = weighted_terms(ctx.objective, tokens, *weights).sum()
+        tokens = TokenBatch(*map(clean, (logps, entropy, *constants[:4])), mask=scored)  # type: ignore[arg-type]
+        loss = weighted_terms(ctx.objective, tokens, token_weight, entropy_weight).sum()
         inputs = [x for x, need in zip((logps, entropy), needs, strict=True) if need]
         made = iter(torch.autograd.grad(loss, inputs, grad_loss, create_graph=True, allow_unused=True))
         return *(next(made) if need else None for need in needs), *nothing
-    scaled = (grad_loss * g if need and g.numel() else None for g, need in zip((grad_logps, grad_entropy), needs, strict=True))
-    return *scaled, *nothing
+    by_logps = grad_loss * grad_logps if needs[0] else None
+    by_entropy = grad_loss * grad_entropy if needs[1] and entropy_weight is not None else None
+    return by_logps, by_entropy, *nothing
 
 
 policy_terms.register_autograd(_policy_terms_backward, setup_context=_policy_terms_setup)

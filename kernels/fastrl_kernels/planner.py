@@ -256,7 +256,9 @@ def make_plan(work: Work) -> Plan:
         if share >= OVERLAP_FROM:
             lanes = limits.lanes
             reasons.append(f"row passes take {share:.0%} of a chunk: they run beside the GEMMs of the next one")
-    block = min(weight_block(work.hidden_size, work.dtype, limits) if limits.weight_block else work.vocabulary, work.vocabulary)
+    block = work.vocabulary
+    if limits.weight_block:
+        block = min(block, weight_block(work.hidden_size, work.dtype, limits))
     if scoring and work.device.type == "cpu":
         # No whole row is needed in memory, so a block of columns serves many rows.
         columns, most = block, max(least, min(limits.score_rows, budget // (block * tile_dtype.itemsize)))
@@ -271,7 +273,9 @@ def make_plan(work: Work) -> Plan:
     chunks = -(-rows // most) if rows else 0
     chunk_rows = -(-rows // chunks) if chunks else 0
     tile_bytes = chunk_rows * columns * tile_dtype.itemsize * lanes
-    reasons.append(f"{chunks} chunk{'s' * (chunks != 1)}: at most {most} rows fit {why} budget of {budget / MIB:.0f} MiB")
+    reasons.append(
+        f"{chunks} chunk{'s' * (chunks != 1)}: at most {most} rows fit {why} budget of {budget / MIB:.0f} MiB"
+    )
     overlapped = 0.0 if lanes > 1 else row_pass
     seconds = flops / costs.gemm + overlapped * rows + costs.chunk * chunks
     reasons.append(_expected(seconds, flops, costs))
@@ -315,7 +319,7 @@ def calibrate(device: torch.device, dtype: torch.dtype) -> Costs:
     ids = torch.zeros(rows, dtype=torch.int64, device=device)
     backend = backends.load(backends.choose(None, device))
     tile = torch.empty(rows, vocabulary, device=device, dtype=accumulation_dtype(dtype))
-    head = engine.Head(x, weight, None, ids, LogitTransform(), backend, vocabulary)
+    head = engine.Head(x, weight, None, ids, LogitTransform(), backend)
     block = limits_of(device).weight_block or vocabulary
     gemm = _seconds(lambda: head.project(x, tile, block), device)
     row_pass = _seconds(lambda: backend.row_stats(tile, ids, head.transform, None, True), device)

@@ -82,4 +82,4 @@ def check_weight_grad(weight_grad: Tensor, weight: Tensor, dtype: torch.dtype) -
     check_shape("weight_grad", weight_grad, tuple(weight.shape), "as weight")
     check_device("weight_grad", weight_grad, weight.device)
     if weight_grad.dtype != dtype or not weight_grad.is_contiguous():
-        raise TypeError(f"weight_grad: expected a contiguous {dtype} buffer, got {weight_grad.dtype}; dW is summed in it")
+        raise TypeError(f"weight_grad: expected a contiguous {dtype} buffer to sum dW in, got {weight_grad.dtype}")
