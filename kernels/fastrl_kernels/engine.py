@@ -203,7 +203,7 @@ class _Accumulator:
 
 
 class _RowPasses:
-    """Where the row passes of a chunk run: in line, or with two lanes on a stream beside the GEMMs of the next chunk."""
+    """Where row passes run: in line, or with two lanes on a stream of their own, beside the GEMMs of other chunks."""
 
     def __init__(self, device: torch.device, lanes: int):
         self.side = _side_stream(device) if lanes > 1 and device.type == "cuda" else None

@@ -387,7 +387,9 @@ def _policy_loss(
         columns = iter((table[:, rows] if isinstance(rows, slice) else table.index_select(1, rows)).unbind())
         given: dict[str, Any] = {name: None if x is None else next(columns) for name, x in vectors.items()}
         weight, bonus = given.pop("weight"), given.pop("entropy_weight")
-ZZZ
+        kernel = getattr(head.backend, "policy_terms", None)
+        return coefficients(rule, TokenBatch(logps, entropies, **given), weight, bonus, kernel)
+
     capturable = settings.capturable
     live_rows = _select(inside if capturable else live, ids, vocabulary, capturable)
     dead_rows, scored = None, 0
@@ -631,22 +633,24 @@ def _policy_terms_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple
     nothing = [None] * 12
     if grad_loss is None:
         return None, None, *nothing
-    logps, entropy, *constants, token_weight, entropy_weight, grad_logps, grad_entropy = ctx.saved_tensors
+    logps, entropy, advantages, old_logps, ref_logps, gate, scored, *_, weight, bonus, by_logps, by_entropy = (
+        ctx.saved_tensors
+    )
     needs = ctx.needs_input_grad[:2]
     if torch.is_grad_enabled():  # create_graph: this gradient will be differentiated, so it comes from the definition
-        scored = constants[4]
 
         def clean(x: Tensor | None) -> Tensor | None:
             return x if x is None or x.shape != scored.shape else torch.where(scored, x, 0.0)
 
-        tokens = TokenBatch(*map(clean, (logps, entropy, *constants[:4])), mask=scored)  # type: ignore[arg-type]
-        loss = weighted_terms(ctx.objective, tokens, token_weight, entropy_weight).sum()
+        vectors = {"advantages": advantages, "old_logps": old_logps, "ref_logps": ref_logps, "gate": gate}
+        given: dict[str, Any] = {name: clean(x) for name, x in vectors.items()}
+        tokens = TokenBatch(torch.where(scored, logps, 0.0), clean(entropy), mask=scored, **given)
+        loss = weighted_terms(ctx.objective, tokens, weight, bonus).sum()
         inputs = [x for x, need in zip((logps, entropy), needs, strict=True) if need]
         made = iter(torch.autograd.grad(loss, inputs, grad_loss, create_graph=True, allow_unused=True))
         return *(next(made) if need else None for need in needs), *nothing
-    by_logps = grad_loss * grad_logps if needs[0] else None
-    by_entropy = grad_loss * grad_entropy if needs[1] and entropy_weight is not None else None
-    return by_logps, by_entropy, *nothing
+    scaled_entropy = grad_loss * by_entropy if needs[1] and bonus is not None else None
+    return grad_loss * by_logps if needs[0] else None, scaled_entropy, *nothing
 
 
 policy_terms.register_autograd(_policy_terms_backward, setup_context=_policy_terms_setup)

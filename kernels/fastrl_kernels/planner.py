@@ -36,8 +36,8 @@ class Limits:
     fused_forward: bool | None = None  # None: where the cost model says so
 
 
-# CPU, measured on Zen 4 with MKL: 256 rows x 49152 (48 MiB, 1.5 times the last-level cache) beat 128 and 512; GEMMs over
-# weight blocks of 1,024 rows beat one call by a tenth to a quarter for D from 576 to 4096 and widen half-precision
+# CPU, measured on Zen 4 with MKL: 256 rows x 49152 (48 MiB, 1.5 times the last-level cache) beat 128 and 512; GEMMs
+# over weight blocks of 1,024 rows beat one call by a tenth to a quarter for D from 576 to 4096, and widen half-precision
 # weights a block at a time. GPU: assumed, not yet measured.
 LIMITS = {
     "cpu": Limits(48 * MIB, 128, 1024, 2048, 1),
@@ -155,7 +155,7 @@ def keeps_logits(
     """
     limits = limits_of(device, memory_budget)
     row_bytes = vocabulary * accumulation_dtype(dtype).itemsize
-    return 0 < rows and (rows + min(rows, limits.min_rows)) * row_bytes <= limits.tile_bytes
+    return rows > 0 and (rows + min(rows, limits.min_rows)) * row_bytes <= limits.tile_bytes
 
 
 def native_half(device: torch.device, dtype: torch.dtype) -> bool:
