@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrl_kernels import group_advantages
+from fastrl_kernels import gae, group_advantages
+
+__all__ = ["combine_rewards", "gae", "group_advantages"]
 
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastrl_kernels import TokenBatch, backends, linear_logprobs, ops, register_objective, validation
 from fastrl_kernels.functional import harmonize
 from fastrl_kernels.head import LogitTransform
+from fastrl_kernels.objective import PolicySpec, TermSums, weighted_terms
 
 from .kl import KL_ESTIMATORS, kl_estimate
 
@@ -56,6 +59,9 @@ class PolicyObjective:
         off_policy_mask_threshold: sequences of negative advantage whose mean `sampling_logps - logps` exceeds it leave
             the policy term (DeepSeek-V3.2), or None.
         max_completion_length: tokens, needed by dr_grpo unless a normalizer is given.
+
+    `token_loss` and `metrics` are the definition. A fused kernel proven equal to them (`kernel_spec`) computes both and
+    the gradients in one pass over the tokens.
 
     A subclass that overrides `token_loss` (plain PyTorch, differentiable) works in every form, single pass included.
     If it needs other tokens than the one it scores, it also overrides `token_local` to be False.
@@ -122,6 +128,24 @@ class PolicyObjective:
             return live
         live = live & (_per_token(advantages) != 0)
         return live if importance_ratio is None else live & (importance_ratio != 0)
+
+    @property
+    def kernel_spec(self) -> PolicySpec | None:
+        """What the fused kernel has to know to stand in for `token_loss` and `metrics`; None where it must not.
+
+        That is where a subclass overrides any method that the kernel would bypass: it has its own definition.
+        """
+        if any(getattr(type(self), name) is not method for name, method in _DEFINITION.items()):
+            return None
+        return PolicySpec(
+            low=1 - self.epsilon,
+            high=1 + self._epsilon_high,
+            delta=math.inf if self.delta is None else self.delta,
+            beta=self.beta,
+            kl_estimator=self.kl_estimator,
+            kl_times_ratio=self.use_bias_correction_kl,
+            sequence=self.importance_sampling_level == "sequence",
+        )
 
     # The definition -------------------------------------------------------------------------------------------------
 
@@ -209,6 +233,12 @@ class PolicyObjective:
         return out
 
 
+# The definition that the fused kernel stands in for, as it is here: a subclass or a patch that differs is not bypassed.
+_DEFINITION = {
+    name: getattr(PolicyObjective, name) for name in ("token_loss", "metrics", "_ratio", "_kl", "_epsilon_high")
+}
+
+
 def _rebuild(kind: type[PolicyObjective], arguments: dict[str, Any]) -> PolicyObjective:
     return kind(**arguments)
 
@@ -229,8 +259,13 @@ def policy_loss(
     sampling_logps: Tensor | None = None,  # (B, T)
     normalizer: Tensor | float | None = None,
     entropy_normalizer: Tensor | float | None = None,
+    backend: str | None = None,
 ) -> LossOutput:
     """The policy loss on given log-probabilities; differentiable in logps and entropy, twice if need be.
+
+    In fp32 and fp64 a built-in objective takes one pass over the tokens for loss, gradients and metrics together. Its
+    definition runs under autograd instead for a gradient that will be differentiated again, for an objective with a
+    `token_loss` of its own, in other dtypes and under `torch.func`.
 
     Args:
         logps: `(B, T)` of the taken tokens under the policy.
@@ -246,9 +281,11 @@ def policy_loss(
             of micro-batches that share the whole batch's normalizer add up to the whole batch's loss. None: this
             batch's own.
         entropy_normalizer: tokens over which the bonus averages the entropy. None: this batch's own.
+        backend: None chooses; "reference" (the definition), "cpu", "triton" force.
 
     Raises:
         ValueError: a wrong shape, or a missing input that the objective needs.
+        RuntimeError: the forced backend does not work on this machine; the message says why.
     """
     if logps.ndim != 2:
         raise ValueError(f"logps: expected shape (B, T), got {tuple(logps.shape)}")
@@ -258,7 +295,8 @@ def policy_loss(
     tokens = replace(tokens, logps=logps, entropy=entropy, mask=mask)
     weights = objective.token_weights(mask, normalizer, logps.dtype)
     live = objective.live_tokens(advantages=advantages, mask=mask, importance_ratio=importance_ratio)
-    return _evaluate(objective, tokens, mask, live, weights, sampling_logps, entropy_normalizer)
+    name = backends.choose(backend, logps.device)
+    return _evaluate(objective, tokens, mask, live, weights, sampling_logps, entropy_normalizer, name)
 
 
 def _evaluate(
@@ -269,6 +307,7 @@ def _evaluate(
     weights: Tensor,  # (B, T)
     sampling_logps: Tensor | None,
     entropy_normalizer: Tensor | float | None,
+    backend: str,
 ) -> LossOutput:
     scored = tokens.mask
     assert scored is not None  # both callers set it
@@ -276,8 +315,29 @@ def _evaluate(
     def clean(x: Tensor | None) -> Tensor | None:  # so that 0 * inf can't happen, in values and in gradients
         return x if x is None or x.shape != scored.shape else torch.where(scored, x, 0.0)
 
+    logps = torch.where(scored, tokens.logps, 0.0)
+    bonus_mask = scored
+    if objective.top_entropy_quantile < 1:
+        bonus_mask = _top_entropy(_needed(tokens.entropy, "entropy", "top_entropy_quantile"), scored, objective)
+        tokens = replace(tokens, gate=_times(clean(tokens.gate), bonus_mask.to(logps.dtype)))
+    if objective.off_policy_mask_threshold is not None:
+        cleaned = replace(tokens, logps=logps, old_logps=clean(tokens.old_logps))
+        keep = _on_policy(cleaned, clean(sampling_logps), objective.off_policy_mask_threshold)
+        tokens = replace(tokens, gate=_times(clean(tokens.gate), keep.to(logps.dtype)))
+    bonus_weights = objective.entropy_weights(bonus_mask, entropy_normalizer, logps.dtype)
+    if bonus_weights is not None and tokens.entropy is None:
+        raise ValueError("entropy: needed by entropy_coef")
+    if _kernel_serves(objective, tokens, weights, bonus_weights, backend):
+        if bonus_weights is None and tokens.entropy is not None:
+            tokens = replace(tokens, entropy=tokens.entropy.detach())  # no edge of the graph where no gradient flows
+        differentiable = (x for x in (tokens.logps, tokens.entropy) if x is not None)
+        gradients = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+        loss, sums, *_ = _policy_terms(objective, tokens, mask, live, weights, bonus_weights, gradients, backend)
+        metrics, policy = _metrics_from_sums(objective, tokens, sums)
+        metrics["policy_loss"] = policy
+        return LossOutput(loss, logps.detach(), metrics)
     tokens = TokenBatch(
-        torch.where(scored, tokens.logps, 0.0),
+        logps,
         clean(tokens.entropy),
         clean(tokens.advantages),  # type: ignore[arg-type]
         clean(tokens.old_logps),
@@ -285,21 +345,80 @@ def _evaluate(
         clean(tokens.gate),
         scored,
     )
-    bonus_mask = scored
-    if objective.top_entropy_quantile < 1:
-        bonus_mask = _top_entropy(_needed(tokens.entropy, "entropy", "top_entropy_quantile"), scored, objective)
-        tokens = replace(tokens, gate=_times(tokens.gate, bonus_mask.to(tokens.logps.dtype)))
-    if objective.off_policy_mask_threshold is not None:
-        keep = _on_policy(tokens, clean(sampling_logps), objective.off_policy_mask_threshold)
-        tokens = replace(tokens, gate=_times(tokens.gate, keep.to(tokens.logps.dtype)))
-    policy = torch.where(scored, objective.token_loss(tokens) * weights, 0.0).sum()
+    loss = policy = weighted_terms(objective, tokens, weights, None).sum()
     metrics = objective.metrics(tokens, mask, live)
     metrics["policy_loss"] = policy.detach()
-    bonus_weights = objective.entropy_weights(bonus_mask, entropy_normalizer, tokens.logps.dtype)
-    loss = policy
-    if bonus_weights is not None:
-        loss = policy - (_needed(tokens.entropy, "entropy", "entropy_coef") * bonus_weights).sum()
-    return LossOutput(loss, tokens.logps.detach(), metrics)
+    if bonus_weights is not None and tokens.entropy is not None:
+        loss = policy - (tokens.entropy * bonus_weights).sum()
+    return LossOutput(loss, logps.detach(), metrics)
+
+
+# The fused kernel on [B, T] vectors ---------------------------------------------------------------------------------
+
+
+def _kernel_serves(
+    objective: PolicyObjective,
+    tokens: TokenBatch,
+    weights: Tensor,
+    bonus_weights: Tensor | None,
+    backend: str,
+) -> bool:
+    """Whether the backend's `policy_terms` may stand in for the definition: its dtypes, and no functional transform."""
+    if backend == "reference" or objective.kernel_spec is None:
+        return False
+    dtype = tokens.logps.dtype
+    vectors = (tokens.entropy, weights, bonus_weights)
+    if dtype not in (torch.float32, torch.float64) or any(x is not None and x.dtype != dtype for x in vectors):
+        return False
+    # torch.func and forward-mode autograd have no rule for the operator.
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+
+def _policy_terms(
+    objective: PolicyObjective,
+    tokens: TokenBatch,  # (B, T)
+    mask: Tensor,
+    live: Tensor,
+    weights: Tensor,
+    bonus_weights: Tensor | None,
+    gradients: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    if objective.beta != 0 and tokens.ref_logps is None:
+        raise ValueError(f"ref_logps: needed with beta = {objective.beta}")
+    return ops.policy_terms(
+        tokens.logps, tokens.entropy, tokens.advantages, tokens.old_logps, tokens.ref_logps, tokens.gate, tokens.mask,
+        mask, live, weights, bonus_weights, objective.handle, gradients, backend,  # type: ignore[attr-defined]
+    )  # fmt: skip
+
+
+def _metrics_from_sums(
+    objective: PolicyObjective,
+    tokens: TokenBatch,
+    sums: Tensor,  # (B, 9), the columns of TermSums
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What `PolicyObjective.metrics` computes, in its dtypes, and the loss without the bonus."""
+    dtype, share = tokens.logps.dtype, torch.get_default_dtype()
+    total = TermSums(*sums.sum(0).unbind())
+    row = TermSums(*sums.unbind(-1))
+    count, scored = total.counted.clamp(min=1), total.scored.clamp(min=1)
+    out = {"live_fraction": (total.live / count).to(share)}
+    if objective.beta != 0:
+        out["kl"] = (total.kl / scored).to(dtype)
+    if tokens.entropy is not None:
+        out["entropy"] = (total.entropy / scored).to(dtype)
+    if objective.importance_sampling_level == "sequence" and tokens.advantages.shape[-1] == 1:
+        share, low, high = dtype, row.low, row.high
+        means = torch.stack([row.low.mean(), row.high.mean()])
+    else:
+        low, high = row.low / row.counted, row.high / row.counted  # NaN: a fully masked row
+        means = torch.stack([total.low, total.high]) / count
+    means = means.to(share)
+    out["clip_ratio/low_mean"], out["clip_ratio/high_mean"] = means.unbind()
+    out["clip_ratio/region_mean"] = means.sum()
+    out["clip_ratio/low_min"] = -_nan_max(-low).to(share)
+    out["clip_ratio/high_max"] = _nan_max(high).to(share)
+    return out, total.policy.to(dtype)
 
 
 # The fused form -----------------------------------------------------------------------------------------------------
@@ -403,7 +522,7 @@ def linear_policy_loss(
         assert stats.entropy is not None
         entropy = stats.entropy if objective.entropy_coef != 0 else stats.entropy.detach()
         tokens = replace(tokens, logps=stats.logps, entropy=entropy, mask=scored)
-        return _evaluate(objective, tokens, mask, live, weights, sampling_logps, entropy_normalizer)
+        return _evaluate(objective, tokens, mask, live, weights, sampling_logps, entropy_normalizer, name)
 
     transform = LogitTransform(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
     bonus = objective.entropy_weights(mask, entropy_normalizer, dtype)
@@ -429,7 +548,11 @@ def linear_policy_loss(
         loss, logps, entropy, skipped = outputs
     logps, entropy = logps.view(shape).detach(), entropy.view(shape).detach()
     tokens = replace(tokens, logps=logps, entropy=entropy, mask=mask if score_dead else live)
-    metrics = objective.metrics(tokens, mask, live)
+    if _kernel_serves(objective, tokens, weights, None, name):
+        _, sums, *_ = _policy_terms(objective, tokens, mask, live, weights, None, False, name)
+        metrics, _ = _metrics_from_sums(objective, tokens, sums)
+    else:
+        metrics = objective.metrics(tokens, mask, live)
     policy = loss.detach()
     metrics["policy_loss"] = policy if bonus is None else policy + (entropy * bonus).sum()
     if grad_tolerance > 0:

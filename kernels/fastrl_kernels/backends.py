@@ -19,7 +19,7 @@ _MODULES = {"reference": ".reference", "cpu": ".cpu", "triton": ".triton"}
 
 
 class Backend(Protocol):
-    """The functions of a backend, defined by those of the same names in `reference`; `policy_terms` by the objective."""
+    """What a backend provides, defined by the functions of the same names in `reference`, or by the objective."""
 
     def row_stats(
         self, tile: Tensor, ids: Tensor, transform: LogitTransform, bias: Tensor | None, entropy: bool

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from . import _C  # type: ignore[attr-defined]
 from .head import LogitTransform, RowStats, accumulation_dtype
+from .objective import PolicySpec, PolicyTerms, TermSums, TokenBatch
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _BASELINES = {"mean": 0, "leave_one_out": 1}
+_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 _SCALES = {"group": 0, "batch": 1, "none": 2}
 
 
@@ -96,6 +98,57 @@ def row_grad(
         transform.temperature, transform.logit_scale, transform.softcap or 0.0, _pointer(bias),
         *(_pointer(x) for x in kept.values()), _pointer(source), _pointer(target), moves, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _matrix(name: str, x: Tensor | None, shape: torch.Size, dtype: torch.dtype, per_row: bool = False) -> Tensor | None:
+    """`x` as a contiguous CPU tensor (B, T) of `dtype`, or (B, 1) where `per_row` allows it."""
+    if x is None:
+        return None
+    if x.device.type != "cpu" or (x.shape != shape and not (per_row and x.shape == (shape[0], 1))):
+        raise ValueError(f"{name}: expected a CPU tensor of shape {tuple(shape)}, got {tuple(x.shape)} on {x.device}")
+    return x.to(dtype).contiguous()
+
+
+def policy_terms(
+    spec: PolicySpec,
+    tokens: TokenBatch,
+    token_weight: Tensor,
+    entropy_weight: Tensor | None,
+    mask: Tensor | None = None,
+    live: Tensor | None = None,
+    *,
+    terms: bool = True,
+    gradients: bool = True,
+    sums: bool = True,
+) -> PolicyTerms:
+    """Loss terms of (B, T) tokens, their gradients and the sums of each row; see `objective.PolicyTerms`."""
+    shape, dtype = tokens.logps.shape, tokens.logps.dtype
+    if len(shape) != 2 or dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"logps: expected fp32 or fp64 of shape (B, T), got {dtype} {tuple(shape)}")
+    if spec.beta != 0 and tokens.ref_logps is None:
+        raise ValueError(f"ref_logps: needed with beta = {spec.beta}")
+    rows, cols = shape
+    per_row = ("advantages", "gate")
+    given = {k: _matrix(k, x, shape, dtype, k in per_row) for k, x in vars(tokens).items() if k != "mask"}
+    weights = [_matrix("token_weight", token_weight, shape, dtype)]
+    weights += [_matrix("entropy_weight", entropy_weight, shape, dtype)]
+    names = ("mask of the tokens", "mask", "live")
+    masks = [_matrix(k, x, shape, torch.bool) for k, x in zip(names, (tokens.mask, mask, live), strict=True)]
+    spread = {k: x is not None and x.shape[1] == 1 for k, x in given.items()}
+    made = PolicyTerms(
+        torch.empty(shape, dtype=dtype) if terms else None,
+        torch.empty(shape, dtype=dtype) if gradients else None,
+        torch.empty(shape, dtype=dtype) if gradients and entropy_weight is not None else None,
+        torch.empty(rows, len(TermSums._fields), dtype=torch.float64) if sums else None,
+    )
+    _C.policy_terms(
+        dtype == torch.float64, rows, cols, _pointer(given["logps"]), _pointer(given["entropy"]),
+        _pointer(given["advantages"]), spread["advantages"], _pointer(given["old_logps"]), _pointer(given["ref_logps"]),
+        _pointer(given["gate"]), spread["gate"], *(_pointer(x) for x in (*masks, *weights)),
+        spec.low, spec.high, spec.delta, spec.beta, _ESTIMATORS[spec.kl_estimator] if spec.beta != 0 else 0,
+        spec.kl_times_ratio, spec.sequence, *(_pointer(x) for x in made), torch.get_num_threads(),
+    )  # fmt: skip
+    return made
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, baseline: str, scale: str, eps: float) -> Tensor:

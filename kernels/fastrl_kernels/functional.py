@@ -270,7 +270,7 @@ def gae(
         raise ValueError("mask: expected a (B, T) tensor, got None")
     chosen = backends.choose(backend, rewards.device)
     dtype = accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
-    inputs = (x.detach().to(dtype).contiguous() for x in (rewards, values))
+    rewards, values = (x.detach().to(dtype).contiguous() for x in (rewards, values))
     if chosen == "reference":
-        return reference.gae(*inputs, checked, gamma, lam, through_mask)
-    return ops.gae(*inputs, checked.contiguous(), float(gamma), float(lam), through_mask, chosen)
+        return reference.gae(rewards, values, checked, gamma, lam, through_mask)
+    return ops.gae(rewards, values, checked.contiguous(), float(gamma), float(lam), through_mask, chosen)
