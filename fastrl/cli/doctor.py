@@ -47,12 +47,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "doctor", help="what works on this machine and why the rest does not, with a self-test"
     )
     parser.add_argument("--no-test", action="store_true", help="leave out the self-test (about 20 seconds)")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="measure this machine's rates and keep them for the planner"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report. Returns 0 where the machine's native backend works and every self-test passes, otherwise 1."""
-    problems = [*_print_versions(), *_print_devices(), *_print_backends()]
+    problems = [*_print_versions(), *_print_devices(), *_print_backends(), *_print_rates(arguments.calibrate)]
     if not arguments.no_test:
         problems += _print_self_test()
     print()
@@ -169,6 +172,18 @@ def _print_backends() -> Iterator[str]:
     native = "triton" if torch.cuda.is_available() else "cpu"
     if reasons.get(native) is not None:
         yield f"the backend for this machine, {native}, does not work: {reasons[native]}"
+
+
+def _print_rates(calibrate: bool) -> Iterator[str]:
+    from fastrl_kernels import planner
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print("\nrates that the planner counts with" + ("" if calibrate else " (fastrl doctor --calibrate measures them)"))
+    for dtype in (torch.float32, torch.bfloat16):
+        costs = planner.calibrate(device, dtype) if calibrate else planner.costs_of(device, dtype)
+        rates = f"{costs.gemm / 1e9:,.0f} GFLOP/s in GEMMs, {costs.bandwidth / 1e9:,.0f} GB/s in row passes"
+        _line(str(dtype).removeprefix("torch."), f"{rates}, {costs.chunk * 1e3:.2g} ms a chunk ({costs.origin})")
+    yield from ()
 
 
 def _print_self_test() -> Iterator[str]:

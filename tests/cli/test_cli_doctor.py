@@ -64,3 +64,19 @@ def test_names_a_package_that_training_needs(monkeypatch, capsys):
     monkeypatch.setattr(doctor.importlib.metadata, "version", without_transformers)
     main(["doctor", "--no-test"])
     assert "training needs it: pip install 'fastrl[train]'" in capsys.readouterr().out
+
+
+def test_calibration_is_measured_once_and_kept(tmp_path, monkeypatch, capsys):
+    from fastrl_kernels import planner
+
+    monkeypatch.setenv("FASTRL_CACHE_DIR", str(tmp_path))
+    planner._costs_of.cache_clear()
+    main(["doctor", "--no-test"])
+    assert capsys.readouterr().out.count("(assumed)") == 2
+    main(["doctor", "--no-test", "--calibrate"])
+    measured = [line for line in capsys.readouterr().out.splitlines() if "(measured)" in line]
+    assert len(measured) == 2
+    planner._costs_of.cache_clear()
+    main(["doctor", "--no-test"])
+    assert [line for line in capsys.readouterr().out.splitlines() if "(measured)" in line] == measured
+    planner._costs_of.cache_clear()
