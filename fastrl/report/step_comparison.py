@@ -5,7 +5,8 @@ backward of the model (the AdamW update is the same for all and left out). All s
 
     eager    logits = hidden W^T of those tokens, log_softmax, gather, fastrl.policy_loss, autograd
     fused    fastrl.linear_policy_loss on the same hidden states, never building the logits
-    trainer  the same, on the sequences that carry a gradient: those without an advantage skip the model too
+    trainer  the same, as GRPOTrainer does it: sequences without an advantage skip the model, a group's prompt is
+             encoded once, and the model is run in passes of a bounded size
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from fastrl.benchmark.memory import Lap, MemoryMeter
 from fastrl.integrations import LMHead, patch_model
 from fastrl.objectives import PolicyObjective, linear_policy_loss, policy_loss
 from fastrl.trainers.model_setup import disable_dropout
+from fastrl.trainers.packing import Packer, Pass
 from fastrl.trainers.rollouts import Rollouts
-from fastrl.trainers.scoring import model_inputs, takes_positions
 
 SIDES = ("eager", "fused", "trainer")
 _TITLES = {
     "eager": "eager loss",
     "fused": "fastrl loss",
-    "trainer": "fastrl loss, sequences without gradient left out",
+    "trainer": "fastrl loss, run as the trainer runs it",
 }
 
 
@@ -71,7 +72,8 @@ def run_side(
         side: one of `SIDES`.
         model: a causal LM on the device of `batch`.
         objective: without a KL term, which would need a reference model.
-        micro_batch: sequences per forward, default all; the loss is that of the whole step, whatever the split.
+        micro_batch: sequences per forward of the first two, default all; the loss is that of the whole step, whatever
+            the split. The trainer's side has its own (`fastrl.trainers.packing`).
 
     Raises:
         ValueError: unknown side, or an objective with a KL term.
@@ -90,27 +92,26 @@ def run_side(
     loss_laps: list[Lap | None] = []
     total, loss_seconds = 0.0, 0.0
 
-    def head_function(part: Rollouts, hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
+    def head_function(part: Pass, hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
         nonlocal loss_seconds, total
-        width = part.completion_ids.shape[1]
-        x = hidden[:, -width:].detach().requires_grad_()
+        states = part.select(hidden)
+        x = states.detach().requires_grad_()
         laps.append(meter.lap())
         start = time.perf_counter()
         compute = _eager_loss if side == "eager" else _fused_loss
-        loss = compute(x, head, part, objective, temperature, normalizer, entropy_normalizer)
+        loss = compute(x, head, part.rollouts, objective, temperature, normalizer, entropy_normalizer)
         loss.backward()
         total += loss.item()  # waits for the device
         loss_seconds += time.perf_counter() - start
         loss_laps.append(meter.lap())
-        return hidden, x.grad if x.grad is not None else torch.zeros_like(x)
+        return states, x.grad if x.grad is not None else torch.zeros_like(x)
 
     start = time.perf_counter()
     with patch_model(model):
-        for part in _split(batch, micro_batch):
-            inputs = model_inputs(part, takes_positions(model))
-            hidden, gradient = model(**inputs, fastrl_head=functools.partial(head_function, part))
-            hidden[:, -gradient.shape[1] :].backward(gradient)
-            del hidden, gradient
+        for part in _passes(side, model, batch, micro_batch):
+            states, gradient = model(**part.inputs, fastrl_head=functools.partial(head_function, part))
+            states.backward(gradient)
+            del states, gradient
             laps.append(meter.lap())
     seconds = time.perf_counter() - start
     every = [*laps, *loss_laps]
@@ -193,9 +194,13 @@ def _normalizer(objective: PolicyObjective, mask: Tensor) -> float:
     return float(mask.sum())
 
 
-def _split(batch: Rollouts, micro_batch: int | None) -> Iterator[Rollouts]:
+def _passes(side: str, model: nn.Module, batch: Rollouts, micro_batch: int | None) -> Iterator[Pass]:
+    if side == "trainer":
+        yield from Packer.for_model(model).passes(batch)
+        return
+    padded = Packer.for_model(model, share_prompts=False)
     for rows in torch.arange(len(batch), device=batch.advantages.device).split(micro_batch or max(len(batch), 1)):
-        yield batch.select(rows)
+        yield from padded.passes(batch.select(rows), together=True)
 
 
 def _increase(laps: Sequence[Lap | None]) -> int | None:

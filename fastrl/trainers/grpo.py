@@ -2,6 +2,7 @@
 logits. What is not the algorithm itself lives beside this file: prompts, rewards, rollouts, scoring, checkpoints."""
 
 import dataclasses
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -19,13 +20,14 @@ from fastrl.rollout import RolloutEngine, TransformersEngine
 from fastrl.trainers import model_setup
 from fastrl.trainers.grpo_config import GRPOConfig
 from fastrl.trainers.metrics import MetricStore, use_rollout_progress
-from fastrl.trainers.micro_batches import MicroBatch, live_fractions, normalized
+from fastrl.trainers.micro_batches import MicroBatch, groups_together, live_fractions, normalized
+from fastrl.trainers.packing import Packer, Pass
 from fastrl.trainers.prompt_trainer import PromptTrainer
 from fastrl.trainers.prompts import context_length_of
 from fastrl.trainers.reward_runner import RewardFunction, RewardRunner
 from fastrl.trainers.rollout_collector import RolloutCollector
-from fastrl.trainers.rollouts import Rollouts
-from fastrl.trainers.scoring import no_clipping, policy_loss
+from fastrl.trainers.rollouts import Rollouts, from_named_tensors, named_tensors
+from fastrl.trainers.scoring import merged_metrics, no_clipping, policy_loss, policy_passes
 
 
 class GRPOTrainer(PromptTrainer):
@@ -60,6 +62,8 @@ class GRPOTrainer(PromptTrainer):
       - The entropy bonus is the mean over the tokens of the optimizer step; TRL averages the micro-batches' means.
         With `top_entropy_quantile` < 1 both the ranking and the bonus are per micro-batch, as in TRL.
       - Old and reference log-probabilities are scored with dropout off, as the completions were sampled.
+      - A group's prompt is encoded once where the model makes that exact (`share_prompts`), and a micro-batch goes
+        through the model in passes of `tokens_per_pass`. With dropout a group then shares the prompt's masks.
       - Position ids are passed, so padding does not shift learned position embeddings.
       - A reward of NaN or infinity is an error; None is "no reward".
       - The reference of a PEFT model is the model without its adapter, also where the adapter given was trained
@@ -127,6 +131,9 @@ class GRPOTrainer(PromptTrainer):
         if self.reference is not None:
             self.patches.append(patch_model(self.reference))
             self.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
+        # Under FSDP every process must run the model equally often.
+        tokens = math.inf if self.is_fsdp_enabled else args.tokens_per_pass
+        self.packer = Packer.for_model(policy, args.share_prompts, tokens)
         self.metrics = MetricStore()
         self.engine = rollout_engine or TransformersEngine(
             lambda: self.accelerator.unwrap_model(self.model_wrapped),
@@ -146,6 +153,7 @@ class GRPOTrainer(PromptTrainer):
             context_length=context_length_of(policy.config),
             policy=lambda: self.model,
             reference=self._reference if args.beta != 0 else None,
+            packer=self.packer,
         )
         bounds = (args.entropy_coef_min, args.entropy_coef_max, args.entropy_coef_delta, args.entropy_target)
         self.entropy = AdaptiveEntropy(args.entropy_coef, *bounds)
@@ -154,6 +162,7 @@ class GRPOTrainer(PromptTrainer):
         self._micro_step = 0  # micro-batches taken so far
         self._buffer: list[Rollouts] = []  # the current rollout, in steps_per_generation parts
         self._window: deque[MicroBatch] = deque()  # what is left of the current optimizer step
+        self._passes_run: list[tuple[Pass, dict[str, Tensor]]] = []  # of the current micro-batch, with their metrics
         self._eval_prefix: str | None = None
         # Processes that share a prompt must not sample the same completions.
         set_seed(args.seed, device_specific=True)
@@ -169,13 +178,23 @@ class GRPOTrainer(PromptTrainer):
         if self._skips_dead:
             batch = batch.live_part(self.objective, keep_one=self.accelerator.num_processes > 1)
         if len(batch.rollouts):
-            loss = super().training_step(model, batch, None)  # type: ignore[arg-type]
+            loss = self._forward_and_backward(model, batch)
             self._window_ran = True
         else:
             loss = torch.zeros((), device=self.args.device)
             self.metrics.add("train", no_clipping(batch, self.objective))
         if not self._window:
             self._finish_window(model)
+        return loss
+
+    def _forward_and_backward(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        *first, last = policy_passes(batch, self.packer, self.objective)
+        loss = torch.zeros((), device=self.args.device)
+        with self.accelerator.no_sync(model):  # each process has its own number of passes
+            for part in first:
+                loss += super().training_step(model, part, None)  # type: ignore[arg-type]
+        loss += super().training_step(model, last, None)  # type: ignore[arg-type]
+        self._add_pass_metrics(batch)
         return loss
 
     @property
@@ -202,8 +221,11 @@ class GRPOTrainer(PromptTrainer):
         # The policy that sampled is the policy that trains, unless an optimizer step comes in between.
         on_policy = self.args.gradient_accumulation_steps % self._generate_every == 0
         rollouts = self.collector.collect(examples, "train_dataset", "train", self.state, score_old=not on_policy)
-        shuffled = rollouts.select(torch.randperm(len(rollouts)).to(self.args.device))
-        return shuffled.split(self.args.steps_per_generation)
+        rollouts = rollouts.select(torch.randperm(len(rollouts)).to(self.args.device))
+        # So many neighbouring parts of a rollout always are in the same optimizer step.
+        parts = self.args.steps_per_generation
+        together = math.gcd(parts, self.args.gradient_accumulation_steps)
+        return groups_together(rollouts, self.objective, parts // together).split(parts)
 
     def _total(self, counts: Tensor) -> Tensor:
         return self.accelerator.reduce(counts.to(self.args.device), reduction="sum").cpu()
@@ -211,7 +233,7 @@ class GRPOTrainer(PromptTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The loss of a `MicroBatch`, and its metrics."""
+        """The loss of a pass; its metrics are added once the micro-batch is done."""
         if return_outputs:
             raise ValueError("return_outputs: GRPOTrainer has no outputs but the loss")
         training = self._eval_prefix is None
@@ -228,14 +250,19 @@ class GRPOTrainer(PromptTrainer):
             score_dead=not training or not self._skips_dead,
             backend=self.args.loss_backend,
         )
-        names = sorted(out.metrics.keys() - {"live_fraction"})
+        self._passes_run.append((inputs.layout, out.metrics))
+        return out.loss
+
+    def _add_pass_metrics(self, batch: MicroBatch) -> None:
+        metrics = merged_metrics(self._passes_run, batch, self.objective)
+        self._passes_run = []
+        names = sorted(metrics.keys() - {"live_fraction"})
         if self.args.entropy_coef == 0 and not self.args.use_adaptive_entropy:
             names.remove("policy_loss")
-        values = self.accelerator.reduce(torch.stack([out.metrics[name].float() for name in names]), reduction="mean")
+        values = self.accelerator.reduce(torch.stack([metrics[name].float() for name in names]), reduction="mean")
         self.metrics.add(self._eval_prefix or "train", dict(zip(names, values.tolist(), strict=True)))
-        if training and self.args.use_adaptive_entropy:
-            self._window_entropy += torch.tensor([out.metrics["entropy"].item() * inputs.tokens, inputs.tokens])
-        return out.loss
+        if self._eval_prefix is None and self.args.use_adaptive_entropy:
+            self._window_entropy += torch.tensor([metrics["entropy"].item() * batch.tokens, batch.tokens])
 
     def _finish_window(self, model: nn.Module) -> None:
         if not self._window_ran:
@@ -279,7 +306,10 @@ class GRPOTrainer(PromptTrainer):
         rollouts = self.collector.collect(inputs, "eval_dataset", prefix, self.state, score_old=False)
         (batch,) = normalized([rollouts], self.objective, self._total, self.accelerator.num_processes)
         with torch.no_grad():
-            return self.compute_loss(model, batch).detach(), None, None
+            parts = policy_passes(batch, self.packer, self.objective)
+            loss = torch.stack([self.compute_loss(model, part) for part in parts]).sum()
+        self._add_pass_metrics(batch)
+        return loss, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the metrics since the last log."""
@@ -301,7 +331,7 @@ class GRPOTrainer(PromptTrainer):
             "entropy": self.entropy.state_dict(),
             "metrics": self.metrics.state_dict(),
         }
-        return state, {f"{i}.{name}": t for i, part in enumerate(pending) for name, t in part.tensors().items()}
+        return state, named_tensors(pending)
 
     def load_resume_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """See `resume_state`.
@@ -317,8 +347,4 @@ class GRPOTrainer(PromptTrainer):
         self._micro_step = state["micro_step"]
         self.entropy.load_state_dict(state["entropy"])
         self.metrics.load_state_dict(state["metrics"])
-        parts: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            part, field = name.split(".", 1)
-            parts.setdefault(int(part), {})[field] = tensor
-        self._buffer = [Rollouts(**parts[i]) for i in sorted(parts)]
+        self._buffer = from_named_tensors(tensors)

@@ -64,7 +64,8 @@ class GRPOConfig(TrainingArguments):
       - `bf16` unset means True only where the GPU has bf16 (TRL: everywhere, which fails or crawls on a CPU);
       - `pad_to_multiple_of` must be "auto" or None: nothing is padded;
       - `router_aux_loss_coef` must be None or 0.0: the auxiliary loss of a mixture of experts is not added;
-      - fastrl's own arguments: `kl_estimator`, `advantage_baseline`, `skip_dead_sequences`, `loss_backend`.
+      - fastrl's own arguments: `kl_estimator`, `advantage_baseline`, `skip_dead_sequences`, `share_prompts`,
+        `tokens_per_pass`, `loss_backend`.
 
     Raises:
         ValueError: an argument out of its range, a combination that cannot work, or an argument of TRL's that this
@@ -205,6 +206,14 @@ class GRPOConfig(TrainingArguments):
     skip_dead_sequences: bool = field(
         default=True, metadata={"help": "Skip the model's forward and backward of sequences that carry no gradient."}
     )
+    share_prompts: bool | None = field(
+        default=None,
+        metadata={"help": "Encode a group's prompt once. None: where the model makes that exact; True: or fail."},
+    )
+    tokens_per_pass: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of one forward and backward; memory grows with it. None: chosen by device."},
+    )
     loss_backend: str | None = field(default=None, metadata={"help": "'reference', 'cpu' or 'triton'; None: chosen."})
 
     def __post_init__(self) -> None:
@@ -287,6 +296,7 @@ class GRPOConfig(TrainingArguments):
 
         require("num_generations", self.num_generations >= 2, "at least 2 completions per prompt")
         require("num_iterations", self.num_iterations >= 1, "at least 1")
+        require("tokens_per_pass", self.tokens_per_pass is None or self.tokens_per_pass >= 1, "None or at least 1")
         steps = self.steps_per_generation
         require("steps_per_generation", steps is None or steps >= 1, "None or at least 1")
         require("max_completion_length", self.max_completion_length >= 1, "at least 1 token")

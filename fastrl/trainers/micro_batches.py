@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrl.objectives import PolicyObjective
+from fastrl.trainers.packing import prompt_numbers
 from fastrl.trainers.rollouts import Rollouts
 
 
@@ -68,6 +69,20 @@ def normalized(
             MicroBatch(part, max(normalizer, 1.0), max(tokens, 1.0) if bonus else None, len(part), own_tokens)
         )
     return batches
+
+
+def groups_together(rollouts: Rollouts, objective: PolicyObjective, steps: int) -> Rollouts:
+    """The same sequences, those of a prompt side by side, within each of `steps` equal runs of them.
+
+    Micro-batches cut from a run then share the encoding of their prompts. An optimizer step that takes whole runs sums
+    the same terms in another order. Where its gradient depends on the split into micro-batches (bnpo, a top-entropy
+    quantile) nothing is moved.
+    """
+    if objective.loss_type == "bnpo" or objective.top_entropy_quantile < 1:
+        return rollouts
+    runs = prompt_numbers(rollouts).view(steps, -1)
+    order = runs.argsort(dim=-1, stable=True) + torch.arange(steps, device=runs.device)[:, None] * runs.shape[1]
+    return rollouts.select(order.flatten())
 
 
 def live_fractions(

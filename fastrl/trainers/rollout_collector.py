@@ -15,6 +15,7 @@ from fastrl.objectives import combine_rewards
 from fastrl.rollout import RolloutEngine
 from fastrl.trainers.grpo_config import GRPOConfig
 from fastrl.trainers.metrics import MetricStore, completion_metrics, reward_metrics
+from fastrl.trainers.packing import Packer
 from fastrl.trainers.prompts import Example, decode_completions, tokenize_prompts
 from fastrl.trainers.reward_runner import RewardRunner
 from fastrl.trainers.rollouts import Rollouts, pad
@@ -38,6 +39,7 @@ class RolloutCollector:
     context_length: int | None
     policy: Callable[[], nn.Module]
     reference: Callable[[], AbstractContextManager[nn.Module]] | None  # None: no KL term
+    packer: Packer
 
     def collect(
         self, examples: Sequence[Example], name: str, mode: str, state: TrainerState, score_old: bool
@@ -74,7 +76,7 @@ class RolloutCollector:
         rollouts = Rollouts(
             prompts, prompt_mask, completion_ids, completion_mask, advantages, sampling_logps=sampling_logps
         )
-        return self._scored(rollouts, train, score_old)
+        return self._scored(rollouts, score_old)
 
     def _sample(self, prompt_ids: list[list[int]]) -> Any:
         sampling = self.args.sampling_params()
@@ -148,16 +150,13 @@ class RolloutCollector:
         first = self.accelerator.process_index * len(rows)
         return advantages[first : first + len(rows)]
 
-    def _scored(self, rollouts: Rollouts, train: bool, score_old: bool) -> Rollouts:
-        batch = self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
-        settings: dict[str, Any] = {
-            "temperature": self.args.temperature,
-            "batch_size": batch,
-            "backend": self.args.loss_backend,
-        }
+    def _scored(self, rollouts: Rollouts, score_old: bool) -> Rollouts:
+        settings: dict[str, Any] = {"temperature": self.args.temperature, "backend": self.args.loss_backend}
         if score_old:
-            rollouts = replace(rollouts, old_logps=completion_logps(self.policy(), rollouts, **settings))
+            old_logps = completion_logps(self.policy(), rollouts, self.packer, **settings)
+            rollouts = replace(rollouts, old_logps=old_logps)
         if self.reference is not None:
             with self.reference() as reference:
-                rollouts = replace(rollouts, ref_logps=completion_logps(reference, rollouts, **settings))
+                ref_logps = completion_logps(reference, rollouts, self.packer, **settings)
+            rollouts = replace(rollouts, ref_logps=ref_logps)
         return rollouts

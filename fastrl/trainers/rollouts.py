@@ -56,6 +56,20 @@ class Rollouts:
         return [self.select(index[start : start + size]) for start in range(0, size * parts, size)]
 
 
+def named_tensors(parts: Sequence[Rollouts]) -> dict[str, Tensor]:
+    """Several batches as one flat dict, for a safetensors file."""
+    return {f"{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.tensors().items()}
+
+
+def from_named_tensors(tensors: dict[str, Tensor]) -> list[Rollouts]:
+    """What `named_tensors` was given."""
+    parts: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        part, field = name.split(".", 1)
+        parts.setdefault(int(part), {})[field] = tensor
+    return [Rollouts(**parts[i]) for i in sorted(parts)]
+
+
 def _columns(mask: Tensor) -> int:
     used = mask.any(0).nonzero()
     return 1 if used.numel() == 0 else int(used[-1]) + 1

@@ -1,96 +1,89 @@
 """The two ways a trainer runs the policy over rollouts, both without logits: scoring, and the loss with its gradient.
 
-The model must be patched (`fastrl.patch_model`). The position before a completion's first token scores that token, so
-the last token of a sequence is never an input."""
+The model must be patched (`fastrl.patch_model`). What goes through it in one forward is a `Pass` of `packing.py`; the
+LM head sees only the hidden states that score a completion's token."""
 
-import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastrl.integrations import LMHead
-from fastrl.integrations.transformers_models import innermost_causal_lm
 from fastrl.objectives import LossOutput, PolicyObjective, linear_policy_loss
 from fastrl.trainers.micro_batches import MicroBatch
+from fastrl.trainers.packing import Packer, Pass
 from fastrl.trainers.rollouts import Rollouts
 from fastrl_kernels import linear_logprobs
 
 
-def model_inputs(rollouts: Rollouts, with_positions: bool) -> dict[str, Tensor]:
-    """Arguments of the model's forward, all (B, P + T - 1).
-
-    Position ids count from the first token that is not padding, as `generate` does: learned position embeddings
-    see the same positions as at sampling, however much padding a batch happens to have.
-    """
-    ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)[:, :-1]
-    mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)[:, :-1].to(torch.int64)
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if with_positions:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    return inputs
-
-
-def takes_positions(model: nn.Module) -> bool:
-    """Whether the model's forward has an argument `position_ids`."""
-    forward = type(innermost_causal_lm(model)).forward
-    return "position_ids" in inspect.signature(forward).parameters
-
-
 @torch.no_grad()
 def completion_logps(
-    model: nn.Module, rollouts: Rollouts, *, temperature: float, batch_size: int, backend: str | None = None
+    model: nn.Module, rollouts: Rollouts, packer: Packer, *, temperature: float, backend: str | None = None
 ) -> Tensor:
     """Log-probabilities (B, T) of the completions' tokens, 0 where masked, fp32. Dropout is off.
 
-    Sequences without a token that counts are not run; the rest goes `batch_size` at a time.
+    Sequences without a token that counts are not run.
     """
     logps = torch.zeros_like(rollouts.completion_ids, dtype=torch.float32)
     rows = rollouts.completion_mask.any(-1).nonzero().squeeze(-1)
-    positions = takes_positions(model)
     with _eval_mode(model):
-        for part in rows.split(batch_size) if len(rows) else ():
-            batch = rollouts.select(part)
+        for part in packer.passes(rollouts.select(rows)) if len(rows) else ():
 
-            def score(hidden: Tensor, head: LMHead, batch: Rollouts = batch) -> Tensor:
+            def score(hidden: Tensor, head: LMHead, part: Pass = part) -> Tensor:
                 return linear_logprobs(
-                    hidden[:, -batch.completion_ids.shape[1] :],
+                    part.select(hidden),
                     head.weight,
-                    batch.completion_ids,
+                    part.rollouts.completion_ids,
                     bias=head.bias,
                     temperature=temperature,
                     logit_scale=head.logit_scale,
                     softcap=head.softcap,
-                    mask=batch.completion_mask,
+                    mask=part.rollouts.completion_mask,
                     backend=backend,
                 ).logps
 
-            scored = model(**model_inputs(batch, positions), fastrl_head=score)
-            logps[part, : scored.shape[1]] = scored.to(logps.dtype)
+            scored = model(**part.inputs, fastrl_head=score)
+            logps[rows[part.sequences], : scored.shape[1]] = scored.to(logps.dtype)
     return logps
+
+
+class PolicyPass(NamedTuple):
+    """A pass of a micro-batch, with what its loss is divided by."""
+
+    layout: Pass
+    normalizer: float
+    entropy_normalizer: float | None
+
+
+def policy_passes(batch: MicroBatch, packer: Packer, objective: PolicyObjective) -> list[PolicyPass]:
+    """The passes of a micro-batch, whose losses add up to its loss.
+
+    A top-entropy quantile ranks the tokens of the whole micro-batch, so with one there is a single pass.
+    """
+    together = objective.top_entropy_quantile < 1
+    layouts = packer.passes(batch.rollouts, together=together)
+    return [PolicyPass(layout, batch.normalizer, batch.entropy_normalizer) for layout in layouts]
 
 
 def policy_loss(
     model: nn.Module,
-    batch: MicroBatch,
+    part: PolicyPass,
     objective: PolicyObjective,
     *,
     temperature: float,
     score_dead: bool,
     backend: str | None = None,
 ) -> LossOutput:
-    """The policy loss of a micro-batch, computed inside the model's forward.
-
-    Equal to the sum over its tokens of the eager loss, divided by the normalizer. The clip ratios among the metrics
-    are those of the whole micro-batch: a sequence that was left out has advantage 0 and is never clipped.
-    """
-    rollouts = batch.rollouts
+    """The policy loss of a pass, computed inside the model's forward: the sum over its tokens of the eager loss,
+    divided by the normalizer."""
+    rollouts = part.layout.rollouts
 
     def loss(hidden: Tensor, head: LMHead) -> LossOutput:
         return linear_policy_loss(
-            hidden[:, -rollouts.completion_ids.shape[1] :],
+            part.layout.select(hidden),
             head.weight,
             rollouts.completion_ids,
             objective,
@@ -99,8 +92,8 @@ def policy_loss(
             old_logps=rollouts.old_logps,
             ref_logps=rollouts.ref_logps,
             sampling_logps=rollouts.sampling_logps,
-            normalizer=batch.normalizer,
-            entropy_normalizer=batch.entropy_normalizer,
+            normalizer=part.normalizer,
+            entropy_normalizer=part.entropy_normalizer,
             bias=head.bias,
             temperature=temperature,
             logit_scale=head.logit_scale,
@@ -109,15 +102,40 @@ def policy_loss(
             backend=backend,
         )
 
-    out: LossOutput = model(**model_inputs(rollouts, takes_positions(model)), fastrl_head=loss)
-    by_sequence = objective.importance_sampling_level == "sequence"  # then shares of sequences, not of tokens
-    kept = len(rollouts) if by_sequence else int(rollouts.completion_mask.sum())
-    whole = batch.sequences if by_sequence else batch.tokens
-    for name in ("low_mean", "high_mean", "region_mean"):
-        out.metrics[f"clip_ratio/{name}"] = out.metrics[f"clip_ratio/{name}"] * (kept / max(whole, 1))
-    if kept < whole:
-        out.metrics["clip_ratio/low_min"] = out.metrics["clip_ratio/low_min"].clamp(max=0.0)
+    out: LossOutput = model(**part.layout.inputs, fastrl_head=loss)
     return out
+
+
+def merged_metrics(
+    parts: Sequence[tuple[Pass, dict[str, Tensor]]], batch: MicroBatch, objective: PolicyObjective
+) -> dict[str, Tensor]:
+    """The metrics of a micro-batch from those of its passes.
+
+    The clip ratios are those of the whole micro-batch: a sequence that was left out has advantage 0 and is never
+    clipped. The other means are over the sequences that ran.
+    """
+    by_sequence = objective.importance_sampling_level == "sequence"  # then shares of sequences, not of tokens
+    sequences = [len(part.rollouts) for part, _ in parts]
+    tokens = [int(part.rollouts.completion_mask.sum()) for part, _ in parts]
+    merged = {}
+    for name in parts[0][1]:
+        values = torch.stack([metrics[name] for _, metrics in parts])
+        clip = name.startswith("clip_ratio/")
+        counts = sequences if clip and by_sequence else tokens
+        if name == "policy_loss":
+            merged[name] = values.sum()
+        elif name.endswith(("_min", "_max")):  # NaN: a pass with no token
+            known = values[~values.isnan()] if bool(values.isnan().any()) else values
+            merged[name] = values[0] if not len(known) else known.amin() if name.endswith("_min") else known.amax()
+        elif len(parts) == 1:
+            merged[name] = values[0]
+        else:
+            merged[name] = (values * values.new_tensor(counts)).sum() / max(sum(counts), 1)
+        if clip and name.endswith("_mean"):
+            merged[name] = merged[name] * (sum(counts) / max(batch.sequences if by_sequence else batch.tokens, 1))
+    if (sum(sequences) < batch.sequences) if by_sequence else (sum(tokens) < batch.tokens):
+        merged["clip_ratio/low_min"] = merged["clip_ratio/low_min"].clamp(max=0.0)
+    return merged
 
 
 def no_clipping(batch: MicroBatch, objective: PolicyObjective) -> dict[str, float]:

@@ -6,6 +6,7 @@ from tiny_runs import WORDS, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastrl.integrations import patch_model
+from fastrl.trainers.packing import Packer
 from fastrl.trainers.rollouts import Rollouts, pad
 from fastrl.trainers.scoring import completion_logps
 
@@ -27,12 +28,13 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 @pytest.mark.parametrize("make", [gpt2, tiny_model], ids=["learned_positions", "rotary"])
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_scores_are_those_of_each_sequence_alone(make: type, batch_size: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 12, 100])
+def test_scores_are_those_of_each_sequence_alone(make: type, tokens: int) -> None:
     """Left padding must not shift learned positions, whatever else is in the batch."""
     model = make().train()
     with patch_model(model):
-        together = completion_logps(model, rollouts_of(PROMPTS, COMPLETIONS), temperature=0.7, batch_size=batch_size)
+        packer = Packer.for_model(model, tokens_per_pass=tokens)
+        together = completion_logps(model, rollouts_of(PROMPTS, COMPLETIONS), packer, temperature=0.7)
     assert together.shape == (4, 5)
     model.eval()
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
@@ -47,7 +49,7 @@ def test_scoring_is_without_dropout_and_leaves_training_on() -> None:
     model = tiny_model(attention_dropout=0.5).train()
     rollouts = rollouts_of(PROMPTS, COMPLETIONS)
     with patch_model(model):
-        one, two = (completion_logps(model, rollouts, temperature=1.0, batch_size=4) for _ in range(2))
+        one, two = (completion_logps(model, rollouts, Packer.for_model(model), temperature=1.0) for _ in range(2))
     assert torch.equal(one, two) and one.any()
     assert all(module.training for module in model.modules())
 
@@ -57,7 +59,7 @@ def test_nothing_to_score() -> None:
     rollouts = rollouts_of(PROMPTS, [[], [], [], []])
     assert rollouts.completion_ids.shape == (4, 1)
     with patch_model(model):
-        assert not completion_logps(model, rollouts, temperature=1.0, batch_size=4).any()
+        assert not completion_logps(model, rollouts, Packer.for_model(model), temperature=1.0).any()
 
 
 def test_selecting_rows_cuts_the_padding_that_is_left() -> None:

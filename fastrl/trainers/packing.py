@@ -1,0 +1,315 @@
+"""How a batch of rollouts is laid out for the model: which tokens go through it in one forward, and where.
+
+A group's prompt is encoded once and not once for each completion: a row is the prompt, then the completions one after
+the other. A 4D attention mask lets each completion see the prompt and its own past, and position ids begin anew after
+the prompt, so that an unmodified model gives every token the hidden state that it has in a sequence of its own. Where a
+model cannot do that exactly (`prompt_sharing` says why), each sequence gets a padded row of its own.
+
+The position before a completion's first token scores that token, so the last token of a sequence is never an input.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastrl.integrations.transformers_models import innermost_causal_lm
+from fastrl.trainers.rollouts import Rollouts
+
+# Tokens of one forward and backward by default: enough for full-speed GEMMs, no more, since activations grow with it.
+TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
+
+
+class PromptSharing(NamedTuple):
+    """Where sharing a prompt gives a model's own hidden states."""
+
+    longest: float  # for sequences of at most so many tokens: 0 for none, inf for all
+    why: str  # what limits it; "" where nothing does
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The sequences of one forward and backward, and what the model is given for them."""
+
+    sequences: Tensor  # (B,) their places in the batch
+    rollouts: Rollouts  # B
+    inputs: dict[str, Tensor]  # of the model's forward, each (R, S), the mask also (R, 1, S, S)
+    places: Tensor | None  # (B, T) where the R * S hidden states score each token; None: the last T of each row
+
+    def select(self, hidden: Tensor) -> Tensor:
+        """(B, T, D): the hidden states (R, S, D) that score the completions' tokens; any one where none counts."""
+        if self.places is None:
+            return hidden[:, -self.rollouts.completion_ids.shape[1] :]
+        return hidden.flatten(0, 1)[self.places]
+
+
+@dataclass
+class _Row:
+    """A prompt and some of its completions, side by side."""
+
+    prompt: int  # tokens of the prompt
+    size: int  # tokens of the row
+    sequences: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Lays out batches for one model; see `for_model`."""
+
+    takes_positions: bool
+    sharing: PromptSharing
+    required: bool  # share_prompts=True: sequences that are too long for sharing are an error
+    additive_mask: torch.dtype | None  # the attention adds its mask (0 and the least number); None: it takes a boolean
+    token_cost: float  # FLOPs of a token in the model's weights
+    pair_cost: float  # and of a token and a token of its row in the attention
+    tokens: float  # of one pass, at most, unless a single sequence has more
+
+    @classmethod
+    def for_model(
+        cls, model: nn.Module, share_prompts: bool | None = None, tokens_per_pass: float | None = None
+    ) -> Packer:
+        """The layout for a causal LM, wrapped or not.
+
+        Args:
+            model: the policy; its reference and its copies have the same layout.
+            share_prompts: None: where it is exact; True: it must be; False: never.
+            tokens_per_pass: at most so many tokens in one pass, padding included, unless one sequence has more; None:
+                `TOKENS_PER_PASS` of the model's device; inf: one pass.
+
+        Raises:
+            ValueError: share_prompts=True for a model where that is not exact.
+        """
+        sharing = prompt_sharing(model)
+        if share_prompts and not sharing.longest:
+            raise ValueError(f"share_prompts: not exact for this model: {sharing.why}; set it to None or False")
+        if share_prompts is False:
+            sharing = PromptSharing(0, "share_prompts is False")
+        causal_lm: Any = innermost_causal_lm(model)
+        config = causal_lm.config.get_text_config()
+        ends = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+        vocabulary = {id(p) for module in ends for p in module.parameters()}
+        weights = [p for p in causal_lm.parameters() if p.ndim > 1 and id(p) not in vocabulary]
+        return cls(
+            takes_positions=takes_positions(model),
+            sharing=sharing,
+            required=bool(share_prompts),
+            additive_mask=None if config._attn_implementation == "sdpa" else causal_lm.dtype,
+            token_cost=2.0 * sum(p.numel() for p in weights),
+            pair_cost=4.0 * config.num_hidden_layers * config.hidden_size,
+            tokens=tokens_per_pass or TOKENS_PER_PASS.get(causal_lm.device.type, TOKENS_PER_PASS["cuda"]),
+        )
+
+    def passes(self, rollouts: Rollouts, *, together: bool = False) -> list[Pass]:
+        """Every sequence of the batch in one of the passes, longest first; empty for an empty batch.
+
+        Args:
+            together: one pass, whatever its size: for what is defined on the whole batch.
+
+        Raises:
+            ValueError: share_prompts=True and a sequence that is too long for it.
+        """
+        if not len(rollouts):
+            return []
+        prompts = rollouts.prompt_mask.sum(-1).tolist()
+        steps = torch.arange(1, rollouts.completion_ids.shape[1] + 1, device=rollouts.completion_mask.device)
+        completions = (rollouts.completion_mask * steps).amax(-1).tolist()
+        longest = max(p + max(c - 1, 0) for p, c in zip(prompts, completions, strict=True))
+        if longest <= self.sharing.longest:
+            return list(self._packed(rollouts, prompts, completions, together))
+        if self.required:
+            raise ValueError(f"share_prompts: not exact for a sequence of {longest} tokens: {self.sharing.why}")
+        return list(self._padded(rollouts, prompts, completions, together))
+
+    # A row for each sequence -----------------------------------------------------------------------------------------
+
+    def _padded(self, rollouts: Rollouts, prompts: list[int], completions: list[int], together: bool) -> Iterator[Pass]:
+        order = sorted(range(len(rollouts)), key=lambda i: -(prompts[i] + completions[i]))
+        while order:
+            width = prompt = completion = count = 0
+            for i in order:
+                prompt, completion = max(prompt, prompts[i]), max(completion, completions[i], 1)
+                width = prompt + completion - 1
+                if count and (count + 1) * width > self.tokens and not together:
+                    break
+                count += 1
+            sequences = torch.tensor(sorted(order[:count]), device=rollouts.prompt_ids.device)
+            part = rollouts.select(sequences)
+            yield Pass(sequences, part, _padded_inputs(part, self.takes_positions), None)
+            order = order[count:]
+
+    # A row for each group --------------------------------------------------------------------------------------------
+
+    def _packed(self, rollouts: Rollouts, prompts: list[int], completions: list[int], together: bool) -> Iterator[Pass]:
+        rows: list[_Row] = []
+        for group in _groups(rollouts):
+            rows += self._rows(prompts[group[0]], group, [max(completions[i] - 1, 0) for i in group])
+        rows.sort(key=lambda row: -row.size)
+        while rows:
+            width = rows[0].size
+            most = len(rows) if together else max(1, int(min(self.tokens / width, len(rows))))
+            lines: list[list[_Row]] = []  # of the model's input, each with one or several rows
+            later = []
+            for row in rows:
+                place = next((line for line in lines if sum(r.size for r in line) + row.size <= width), None)
+                if place is not None:
+                    place.append(row)
+                elif len(lines) < most:
+                    lines.append([row])
+                else:
+                    later.append(row)
+            yield self._packed_pass(rollouts, lines, width, completions)
+            rows = later
+
+    def _rows(self, prompt: int, group: list[int], sizes: list[int]) -> list[_Row]:
+        """A group in as many rows as cost least: each repeats the prompt, and a token's attention is over its row."""
+        total = sum(sizes)
+
+        def cost(count: int) -> float:
+            size = prompt + total / count
+            return count * size * (self.token_cost + self.pair_cost * size)
+
+        count = min(range(1, len(group) + 1), key=cost)
+        while True:
+            rows = [_Row(prompt, prompt) for _ in range(count)]
+            for size, sequence in sorted(zip(sizes, group, strict=True), reverse=True):
+                row = min(rows, key=lambda r: r.size)
+                row.sequences.append(sequence)
+                row.size += size
+            if count == len(group) or max(row.size for row in rows) <= self.tokens:
+                return [row for row in rows if row.sequences]
+            count += 1
+
+    def _packed_pass(self, rollouts: Rollouts, lines: list[list[_Row]], width: int, completions: list[int]) -> Pass:
+        order = sorted(sequence for line in lines for row in line for sequence in row.sequences)
+        sequences = torch.tensor(order, device=rollouts.prompt_ids.device)
+        part = rollouts.select(sequences)
+        slots = {sequence: slot for slot, sequence in enumerate(order)}
+        first = part.prompt_ids.shape[1]  # column of the first completion token in the table of all tokens
+        columns = first + part.completion_ids.shape[1]
+        source = torch.zeros(len(lines), width, dtype=torch.int64)  # place of each token in that table
+        positions, row_of, member = (torch.zeros_like(source) for _ in range(3))
+        row_of.fill_(-1)  # padding at the end of a line sees itself only, so that no row of the mask is empty
+        places = torch.zeros(len(order), columns - first, dtype=torch.int64)
+        for i, line in enumerate(lines):
+            at = 0
+            for number, row in enumerate(line):
+                end = at + row.prompt
+                last = i * width + end - 1
+                source[i, at:end] = slots[row.sequences[0]] * columns + torch.arange(first - row.prompt, first)
+                positions[i, at:end] = torch.arange(row.prompt)
+                row_of[i, at : at + row.size] = number
+                at = end
+                for name, sequence in enumerate(row.sequences, 1):
+                    slot, size = slots[sequence], max(completions[sequence] - 1, 0)
+                    end = at + size
+                    source[i, at:end] = slot * columns + first + torch.arange(size)
+                    positions[i, at:end] = row.prompt + torch.arange(size)
+                    member[i, at:end] = name
+                    places[slot, 0] = last
+                    places[slot, 1 : size + 1] = i * width + torch.arange(at, end)
+                    at = end
+        device = rollouts.prompt_ids.device
+        table = torch.cat([part.prompt_ids, part.completion_ids], dim=1).flatten()
+        inputs = {
+            "input_ids": table[source.to(device)],
+            "attention_mask": self._mask(row_of.to(device), member.to(device)),
+            "position_ids": positions.to(device),
+        }
+        return Pass(sequences, part, inputs, places.to(device))
+
+    def _mask(self, row_of: Tensor, member: Tensor) -> Tensor:
+        """(R, 1, S, S) of what each token sees: in its row, the prompt (member 0) and its own completion's past."""
+        size = row_of.shape[1]
+        same_row = row_of[:, :, None] == row_of[:, None, :]
+        seen = same_row & ((member[:, None, :] == 0) | (member[:, :, None] == member[:, None, :]))
+        seen = (seen & torch.ones(size, size, dtype=torch.bool, device=seen.device).tril())[:, None]
+        if self.additive_mask is None:
+            return seen
+        zero = torch.zeros((), dtype=self.additive_mask, device=seen.device)
+        return torch.where(seen, zero, torch.finfo(self.additive_mask).min)
+
+
+def _groups(rollouts: Rollouts) -> list[list[int]]:
+    """The sequences of each prompt, prompts in the order of their first sequence."""
+    groups: dict[int, list[int]] = {}
+    for sequence, prompt in enumerate(prompt_numbers(rollouts).tolist()):
+        groups.setdefault(prompt, []).append(sequence)
+    return list(groups.values())
+
+
+def prompt_numbers(rollouts: Rollouts) -> Tensor:
+    """(B,) int64: equal where the prompts are equal."""
+    return torch.unique(rollouts.prompt_ids.where(rollouts.prompt_mask, -1), dim=0, return_inverse=True)[1]
+
+
+def _padded_inputs(rollouts: Rollouts, with_positions: bool) -> dict[str, Tensor]:
+    # Position ids count from the first token that is not padding, as `generate` does: learned position embeddings see
+    # the same positions as at sampling, however much padding a batch happens to have.
+    ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)[:, :-1]
+    mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)[:, :-1].to(torch.int64)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if with_positions:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+# What a model can do -------------------------------------------------------------------------------------------------
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the model's forward has an argument `position_ids`."""
+    forward = type(innermost_causal_lm(model)).forward
+    return "position_ids" in inspect.signature(forward).parameters
+
+
+def prompt_sharing(model: nn.Module) -> PromptSharing:
+    """For which sequences completions in one row after their prompt have the hidden states of rows of their own.
+
+    It takes a model whose tokens meet in attention only, attention that follows any mask it is given, and positions
+    that are told and not counted. A sliding window or chunk changes nothing for sequences that fit into it.
+    """
+    causal_lm: Any = innermost_causal_lm(model)
+    config = causal_lm.config.get_text_config()
+    name = type(causal_lm).__name__
+
+    def never(why: str) -> PromptSharing:
+        return PromptSharing(0, f"{name} {why}")
+
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return PromptSharing(0, "PEFT prompt learning puts tokens of its own before each row")
+    if not takes_positions(model):
+        return never("takes no position_ids")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return never(f"has the attention {config._attn_implementation!r}, which takes no arbitrary mask")
+    if getattr(causal_lm, "_is_stateful", False):
+        return never("is recurrent")
+    if any(isinstance(module, nn.Conv1d) for module in causal_lm.modules()):
+        return never("mixes neighbouring tokens by convolutions")
+    if getattr(config, "alibi", False):
+        return never("biases its attention by the distance of places in the row (ALiBi)")
+    if "local" in getattr(config, "attention_layers", ()):
+        return never("has local attention by places in the row")
+    module = sys.modules[type(causal_lm).__module__]
+    if not hasattr(module, "create_causal_mask"):  # transformers' own, which hands a 4D mask on as it is
+        return never("makes its attention mask in a way that is not known")
+    kinds = set(getattr(config, "layer_types", None) or ())
+    unknown = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    if unknown:
+        return never(f"has layers of the kind {', '.join(sorted(unknown))}")
+    limits = {}
+    if not kinds or "sliding_attention" in kinds:
+        limits["sliding window"] = getattr(config, "sliding_window", None)
+    if "chunked_attention" in kinds:
+        limits["attention chunk"] = getattr(config, "attention_chunk_size", None)
+    known = {what: size for what, size in limits.items() if size}
+    if not known:
+        return PromptSharing(math.inf, "")
+    what = min(known, key=lambda key: known[key])
+    return PromptSharing(known[what], f"{name} has {'an' if what[0] == 'a' else 'a'} {what} of {known[what]} tokens")
