@@ -1,7 +1,7 @@
 // The extension fastrl_kernels._C: pointers and sizes in, nothing of torch. Every argument was validated in Python
-// (fastrl_kernels/cpu.py), which also keeps the tensors alive during the call.
+// (fastrl_kernels/native.py), which also keeps the tensors alive during the call. The kernels of a device differ in the last
+// argument only: the number of threads on the CPU, the stream on CUDA.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -11,10 +11,10 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/advantages.h"
 #include "cpu/rows.h"
+#include "cpu/vectors.h"
 #if defined(FASTRL_WITH_CUDA)
-#include "cuda/device.h"
+#include "cuda/kernels.h"
 #endif
 
 namespace py = pybind11;
@@ -60,31 +60,67 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void row_stats(int dtype, uintptr_t tile, int64_t rows, int64_t cols, int64_t stride, uintptr_t ids, double temperature,
+// Each of these makes the Python function of a kernel `run(args, last)`.
+template <typename Last, typename Run>
+auto row_stats(const Run& run) {
+  return [run](int dtype, uintptr_t tile, int64_t rows, int64_t cols, int64_t stride, uintptr_t ids, double temperature,
                double logit_scale, double softcap, uintptr_t bias, uintptr_t row_max, uintptr_t log_sum, uintptr_t logps,
-               uintptr_t mean, int threads) {
-  const fastrl::StatsArgs args{static_cast<fastrl::DType>(dtype), pointer<void>(tile), rows, cols, stride,
-                               pointer<int64_t>(ids), {temperature, logit_scale, softcap, pointer<void>(bias)},
-                               pointer<void>(row_max), pointer<void>(log_sum), pointer<void>(logps), pointer<void>(mean)};
-  py::gil_scoped_release release;
-  parallel_rows(rows, threads, [&](int64_t begin, int64_t end) { current_kernels->stats(args, begin, end); });
+               uintptr_t mean, Last last) {
+    const fastrl::StatsArgs args{
+        static_cast<fastrl::DType>(dtype), pointer<void>(tile), rows, cols, stride, pointer<int64_t>(ids),
+        {temperature, logit_scale, softcap, pointer<void>(bias)}, pointer<void>(row_max), pointer<void>(log_sum),
+        pointer<void>(logps), pointer<void>(mean)};
+    py::gil_scoped_release release;
+    run(args, last);
+  };
 }
 
-void row_grad(int dtype, uintptr_t tile, int64_t cols, int64_t stride, uintptr_t out, int64_t out_stride, uintptr_t ids,
-              double temperature, double logit_scale, double softcap, uintptr_t bias, uintptr_t row_max, uintptr_t log_sum,
-              uintptr_t mean, uintptr_t grad_logps, uintptr_t grad_entropy, uintptr_t grad_lse, uintptr_t source,
-              uintptr_t target, int64_t moves, int threads) {
-  const fastrl::GradArgs args{static_cast<fastrl::DType>(dtype), pointer<void>(tile), cols, stride,
-                              static_cast<fastrl::DType>(dtype), pointer<void>(out), out_stride, pointer<int64_t>(ids), {temperature, logit_scale, softcap, pointer<void>(bias)},
-                              pointer<void>(row_max), pointer<void>(log_sum), pointer<void>(mean),
-                              pointer<void>(grad_logps), pointer<void>(grad_entropy), pointer<void>(grad_lse),
-                              pointer<int64_t>(source), pointer<int64_t>(target), moves};
-  py::gil_scoped_release release;
-  parallel_rows(moves, threads, [&](int64_t begin, int64_t end) { current_kernels->grad(args, begin, end); });
+template <typename Last, typename Run>
+auto row_grad(const Run& run) {
+  return [run](int dtype, uintptr_t tile, int64_t cols, int64_t stride, int out_dtype, uintptr_t out, int64_t out_stride,
+               uintptr_t ids, double temperature, double logit_scale, double softcap, uintptr_t bias, uintptr_t row_max,
+               uintptr_t log_sum, uintptr_t mean, uintptr_t grad_logps, uintptr_t grad_entropy, uintptr_t grad_lse,
+               uintptr_t source, uintptr_t target, int64_t moves, Last last) {
+    const fastrl::GradArgs args{
+        static_cast<fastrl::DType>(dtype), pointer<void>(tile), cols, stride, static_cast<fastrl::DType>(out_dtype),
+        pointer<void>(out), out_stride, pointer<int64_t>(ids), {temperature, logit_scale, softcap, pointer<void>(bias)},
+        pointer<void>(row_max), pointer<void>(log_sum), pointer<void>(mean), pointer<void>(grad_logps),
+        pointer<void>(grad_entropy), pointer<void>(grad_lse), pointer<int64_t>(source), pointer<int64_t>(target), moves};
+    py::gil_scoped_release release;
+    run(args, last);
+  };
+}
+
+template <typename Last, typename Run>
+auto group_advantages(const Run& run) {
+  return [run](bool fp64, uintptr_t rewards, uintptr_t group_ids, int64_t count, int baseline, int scale, double eps,
+               uintptr_t advantages, Last last) {
+    const fastrl::AdvantageArgs args{
+        fp64, pointer<void>(rewards), pointer<int64_t>(group_ids), count, static_cast<fastrl::Baseline>(baseline),
+        static_cast<fastrl::Scale>(scale), eps, pointer<void>(advantages)};
+    py::gil_scoped_release release;
+    run(args, last);
+  };
+}
+
+template <typename Last, typename Run>
+auto gae(const Run& run) {
+  return [run](bool fp64, uintptr_t rewards, uintptr_t values, uintptr_t mask, int64_t rows, int64_t cols, double gamma,
+               double lam, bool through_mask, uintptr_t advantages, uintptr_t returns, Last last) {
+    const fastrl::GaeArgs args{
+        fp64, pointer<void>(rewards), pointer<void>(values), pointer<uint8_t>(mask), rows, cols, gamma, lam, through_mask,
+        pointer<void>(advantages), pointer<void>(returns)};
+    py::gil_scoped_release release;
+    run(args, last);
+  };
 }
 
 // Tokens per thread under which starting a thread costs more than it saves.
 constexpr int64_t kTokensPerThread = 1 << 15;
+
+int threads_for(int64_t tokens, int threads) {
+  return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, tokens / kTokensPerThread)));
+}
 
 void policy_terms(bool fp64, int64_t rows, int64_t cols, uintptr_t logps, uintptr_t entropy, uintptr_t advantages,
                   bool row_advantages, uintptr_t old_logps, uintptr_t ref_logps, uintptr_t gate, bool row_gate,
@@ -97,21 +133,9 @@ void policy_terms(bool fp64, int64_t rows, int64_t cols, uintptr_t logps, uintpt
       pointer<uint8_t>(mask), pointer<uint8_t>(live), pointer<void>(token_weight), pointer<void>(entropy_weight), low, high,
       delta, beta, static_cast<fastrl::KlEstimator>(kl), kl_times_ratio, sequence, pointer<void>(terms),
       pointer<void>(grad_logps), pointer<void>(grad_entropy), pointer<double>(sums)};
-  const int64_t most = std::max<int64_t>(1, rows * cols / kTokensPerThread);
   py::gil_scoped_release release;
-  parallel_rows(rows, static_cast<int>(std::min<int64_t>(threads, most)),
+  parallel_rows(rows, threads_for(rows * cols, threads),
                 [&](int64_t begin, int64_t end) { current_kernels->policy_terms(args, begin, end); });
-}
-
-void group_advantages(int dtype, uintptr_t rewards, uintptr_t group_ids, int64_t count, int baseline, int scale, double eps,
-                      uintptr_t advantages) {
-  const auto b = static_cast<fastrl::Baseline>(baseline);
-  const auto s = static_cast<fastrl::Scale>(scale);
-  py::gil_scoped_release release;
-  if (static_cast<fastrl::DType>(dtype) == fastrl::DType::kFloat64)
-    fastrl::group_advantages(pointer<double>(rewards), pointer<int64_t>(group_ids), count, b, s, eps, pointer<double>(advantages));
-  else
-    fastrl::group_advantages(pointer<float>(rewards), pointer<int64_t>(group_ids), count, b, s, eps, pointer<float>(advantages));
 }
 
 std::vector<std::string> instruction_sets() {
@@ -133,18 +157,35 @@ void use_instruction_set(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Row kernels of fastrl; call them through fastrl_kernels.cpu, which validates the arguments.";
-  m.def("row_stats", &row_stats);
-  m.def("row_grad", &row_grad);
+  m.doc() = "Kernels of fastrl; call them through fastrl_kernels.cpu and .cuda, which validate the arguments.";
+  m.def("row_stats", row_stats<int>([](const fastrl::StatsArgs& args, int threads) {
+          parallel_rows(args.rows, threads, [&](int64_t begin, int64_t end) { current_kernels->stats(args, begin, end); });
+        }));
+  m.def("row_grad", row_grad<int>([](const fastrl::GradArgs& args, int threads) {
+          parallel_rows(args.moves, threads, [&](int64_t begin, int64_t end) { current_kernels->grad(args, begin, end); });
+        }));
   m.def("policy_terms", &policy_terms);
-  m.def("group_advantages", &group_advantages);
+  m.def("group_advantages",
+        group_advantages<int>([](const fastrl::AdvantageArgs& args, int) { fastrl::group_advantages(args); }));
+  m.def("gae", gae<int>([](const fastrl::GaeArgs& args, int threads) {
+          parallel_rows(args.rows, threads_for(args.rows * args.cols, threads),
+                        [&](int64_t begin, int64_t end) { fastrl::gae(args, begin, end); });
+        }));
   m.def("instruction_sets", &instruction_sets, "Builds of the row kernels that run on this processor, best last.");
   m.def("instruction_set", [] { return std::string(current_kernels->name); }, "The build in use.");
   m.def("use_instruction_set", &use_instruction_set, "Force one of instruction_sets(); ValueError for any other.");
   m.attr("compiler") = FASTRL_COMPILER;
 #if defined(FASTRL_WITH_CUDA)
-  m.attr("cuda_version") = fastrl::cuda_compiled_version();
-  m.def("cuda_device_count", &fastrl::cuda_device_count);
+  py::module_ cuda = m.def_submodule("cuda", "The CUDA kernels; each is queued on a stream of the current device.");
+  const auto on = [](auto kernel) {
+    return [kernel](const auto& args, uintptr_t stream) { kernel(args, pointer<void>(stream)); };
+  };
+  cuda.def("row_stats", row_stats<uintptr_t>(on(fastrl::cuda::row_stats)));
+  cuda.def("row_grad", row_grad<uintptr_t>(on(fastrl::cuda::row_grad)));
+  cuda.def("group_advantages", group_advantages<uintptr_t>(on(fastrl::cuda::group_advantages)));
+  cuda.def("gae", gae<uintptr_t>(on(fastrl::cuda::gae)));
+  cuda.def("device_count", &fastrl::cuda::device_count, "Devices that the driver shows; 0 without a driver.");
+  m.attr("cuda_version") = fastrl::cuda::compiled_version();
 #else
   m.attr("cuda_version") = py::none();
 #endif

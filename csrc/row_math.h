@@ -98,6 +98,16 @@ struct Logit {
     slope = (A(1) - t * t) * scale * inv_temperature;
     return cap * t;
   }
+
+  // The logit of a row's token; -1: another vocabulary shard has it. Any other id outside the row reads nothing and is loud.
+  template <bool kCap, typename T>
+  FASTRL_METHOD A of_token(const T* row, int64_t id, int64_t cols) const {
+    if (id == -1) return -static_cast<A>(__builtin_inf());
+    if (id < 0 || id >= cols) return static_cast<A>(__builtin_nan(""));
+    A slope;
+    const A product = load(row + id);
+    return operator()<false, kCap>(bias ? product + bias[id] : product, id, slope);
+  }
 };
 
 // The statistics of some columns of a row: their largest logit, and sums (in S) relative to it. Parts of a row merge in any

@@ -16,7 +16,7 @@ void stats_rows(const StatsArgs& a, int64_t begin, int64_t end) {
   using A = typename Accumulator<T>::type;
   const Logit<A> logit(a.transform);
   const A neg_inf = -static_cast<A>(__builtin_inf());
-  A block[kBlock], slope;
+  A block[kBlock];
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.tile) + row * a.stride;
     Partial<A, double> total;
@@ -33,8 +33,7 @@ void stats_rows(const StatsArgs& a, int64_t begin, int64_t end) {
       total.raise(block_max);
       total.add(block, size);
     }
-    const int64_t id = a.ids[row];
-    total.write(a, row, id < 0 ? neg_inf : logit.template operator()<kBias, kCap>(load(x + id), id, slope));
+    total.write(a, row, logit.template of_token<kCap>(x, a.ids[row], a.cols));
   }
 }
 

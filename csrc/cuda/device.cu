@@ -1,12 +1,12 @@
-#include "device.h"
+#include "kernels.h"
 
 #include <cuda_runtime.h>
 
-namespace fastrl {
+namespace fastrl::cuda {
 
-int cuda_compiled_version() { return CUDART_VERSION; }
+int compiled_version() { return CUDART_VERSION; }
 
-int cuda_device_count() {
+int device_count() {
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess) {
     cudaGetLastError();  // no driver is an answer, not an error to leave behind
@@ -15,4 +15,4 @@ int cuda_device_count() {
   return count;
 }
 
-}  // namespace fastrl
+}  // namespace fastrl::cuda

@@ -15,7 +15,7 @@ from .head import LogitTransform, RowStats
 from .objective import PolicySpec, PolicyTerms, TokenBatch
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-_MODULES = {"reference": ".reference", "cpu": ".cpu", "triton": ".triton"}
+_MODULES = {"reference": ".reference", "cpu": ".cpu", "triton": ".triton", "cuda": ".cuda"}
 
 
 class Backend(Protocol):
@@ -73,10 +73,17 @@ def available() -> dict[str, str | None]:
     """Backend name -> None where it works on this machine, else the reason why it does not."""
     reasons: dict[str, str | None] = {"reference": None}
     try:
-        importlib.import_module("._C", __package__)
+        extension = importlib.import_module("._C", __package__)
         reasons["cpu"] = None
+        if not hasattr(extension, "cuda"):
+            reasons["cuda"] = (
+                "the extension was built without CUDA; `FASTRL_CUDA=on pip install .` builds it, with nvcc"
+            )
+        else:
+            reasons["cuda"] = None if torch.cuda.is_available() else "no CUDA device"
     except ImportError as error:
-        reasons["cpu"] = f"the C++ extension is not built here ({error}); `pip install .` in the repository builds it"
+        reason = f"the C++ extension is not built here ({error}); `pip install .` in the repository builds it"
+        reasons["cpu"] = reasons["cuda"] = reason
     try:
         if not hasattr(importlib.import_module("triton"), "jit"):  # a folder of that name on the path
             raise ImportError("what is found under that name is another package")
@@ -84,7 +91,6 @@ def available() -> dict[str, str | None]:
         reasons["triton"] = None if has_gpu else "no CUDA device (TRITON_INTERPRET=1 runs it in Python, for tests)"
     except ImportError as error:
         reasons["triton"] = f"triton can't be imported ({error}); `pip install triton`"
-    reasons["cuda"] = "this version has no CUDA C++ row kernels; use triton on a GPU"
     return reasons
 
 
@@ -118,8 +124,9 @@ def choose(backend: str | None, device: torch.device) -> str:
         raise RuntimeError(f"backend {backend!r} does not work here: {reason}")
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' takes CPU tensors, got tensors on {device}")
-    if backend == "triton" and device.type != "cuda" and not triton_interpreted():
-        raise ValueError(f"backend 'triton' takes CUDA tensors, got tensors on {device}")
+    interpreted = backend == "triton" and triton_interpreted()
+    if backend in ("triton", "cuda") and device.type != "cuda" and not interpreted:
+        raise ValueError(f"backend {backend!r} takes CUDA tensors, got tensors on {device}")
     return backend
 
 

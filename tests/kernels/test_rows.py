@@ -13,7 +13,7 @@ from fastrl_kernels import LogitTransform, cpu, reference
 
 from fastrl_kernels import _C  # type: ignore[attr-defined]  # isort: skip
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # 1: no other column; 127..129 and 2047..2049: around a vector and a block; 507: odd; 5000: several blocks
 SIZES = (1, 2, 127, 128, 129, 507, 2047, 2048, 2049, 5000)
 
@@ -97,7 +97,7 @@ def test_grad_matches_fp64(v: int, dtype: torch.dtype) -> None:
                 stats.mean,
                 *(upstream[i] for i in (0, 1, 2)),
             )
-            plain = plain_grad(dtype if dtype != torch.bfloat16 else torch.float32).to(dtype)
+            plain = plain_grad(torch.float32 if dtype.itemsize == 2 else dtype).to(dtype)
             assert_as_accurate(out, plain, plain_grad(torch.float64), f"gradient V={v} {transform}")
             assert torch.equal(tile, before)
             cpu.row_grad(tile, tile, ids, transform, bias, stats.row_max, stats.log_sum, stats.mean, *upstream)
@@ -222,12 +222,14 @@ def test_same_bits_for_any_number_of_threads() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     tile, ids = torch.randn(3, 10), torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(TypeError, match=r"tile.*float16"):
-        cpu.row_stats(tile.half(), ids, LogitTransform(), None, False)
+    with pytest.raises(TypeError, match=r"tile.*int64"):
+        cpu.row_stats(tile.long(), ids, LogitTransform(), None, False)
     with pytest.raises(ValueError, match="tile"):
         cpu.row_stats(tile.t(), ids, LogitTransform(), None, False)
     with pytest.raises(ValueError, match="ids"):
         cpu.row_stats(tile, ids[:2], LogitTransform(), None, False)
+    with pytest.raises(TypeError, match="ids"):
+        cpu.row_stats(tile, ids.float(), LogitTransform(), None, False)
     with pytest.raises(ValueError, match="out"):
         cpu.row_grad(tile, tile.double(), ids, LogitTransform(), None, ids, ids, None, None, None, None)
     with pytest.raises(ValueError, match="instruction set"):
