@@ -3,7 +3,6 @@
 from fastrl.data.demo_model import (
     DemoModelError,
     demo_model_path,
-    fastrl_cache_dir,
     find_demo_gguf,
     greedy_answer,
     load_demo_model,
@@ -14,7 +13,6 @@ __all__ = [
     "DemoModelError",
     "TaskError",
     "demo_model_path",
-    "fastrl_cache_dir",
     "find_demo_gguf",
     "greedy_answer",
     "load_demo_model",

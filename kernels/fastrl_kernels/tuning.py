@@ -1,6 +1,6 @@
 """Measured choices, kept on disk: which of several ways to run an op is the fastest on this machine.
 
-One JSON file per machine and versions of torch, triton and fastrl, under $FASTRL_CACHE_DIR (default: ~/.cache/fastrl).
+One JSON file per machine and versions of torch, triton and fastrl, in `fastrl_cache_dir()`.
 Measuring happens only with FASTRL_AUTOTUNE=1; without it a choice that is on file is used, or the caller's default.
 """
 
@@ -29,6 +29,14 @@ FORMAT = 1  # of the file
 _lock = threading.Lock()
 _tables: dict[Path, dict[str, dict[str, Any]]] = {}  # file -> op -> key -> value, as JSON has it
 _chosen: dict[tuple[Path, str, str], Any] = {}  # what `tuned` has returned from a file or a measurement
+
+
+def fastrl_cache_dir() -> Path:
+    """Where fastrl keeps what it measures and converts: $FASTRL_CACHE, else $XDG_CACHE_HOME/fastrl, else
+    ~/.cache/fastrl."""
+    if os.environ.get("FASTRL_CACHE"):
+        return Path(os.environ["FASTRL_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "fastrl"
 
 
 def enabled() -> bool:
@@ -145,14 +153,13 @@ def _warn_once(message: str) -> None:
 
 
 def _file() -> Path:
-    folder = os.environ.get("FASTRL_CACHE_DIR")
-    return _path(folder or str(Path.home() / ".cache" / "fastrl"))
+    return _path(fastrl_cache_dir())
 
 
 @functools.cache
-def _path(folder: str) -> Path:
+def _path(folder: Path) -> Path:
     name = "_".join(re.sub(r"[^a-z0-9.+]+", "-", part.lower()).strip("-") for part in _machine().values())
-    return Path(folder) / f"tuning_{name}.json"
+    return folder / f"tuning_{name}.json"
 
 
 @functools.cache

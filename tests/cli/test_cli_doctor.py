@@ -69,7 +69,7 @@ def test_names_a_package_that_training_needs(monkeypatch, capsys):
 def test_calibration_is_measured_once_and_kept(tmp_path, monkeypatch, capsys):
     from fastrl_kernels import planner
 
-    monkeypatch.setenv("FASTRL_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FASTRL_CACHE", str(tmp_path))
     planner._costs_of.cache_clear()
     main(["doctor", "--no-test"])
     assert capsys.readouterr().out.count("(assumed)") == 2

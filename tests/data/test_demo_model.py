@@ -7,7 +7,8 @@ import importlib.util
 import pytest
 
 from fastrl.data import demo_model
-from fastrl.data.demo_model import DemoModelError, demo_model_path, fastrl_cache_dir, find_demo_gguf, greedy_answer
+from fastrl.data.demo_model import DemoModelError, demo_model_path, find_demo_gguf, greedy_answer
+from fastrl_kernels.tuning import fastrl_cache_dir
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ H200 = {"device": torch.device("cuda"), "sharded": True}  # sharded: free memory
 
 @pytest.fixture(autouse=True)
 def nothing_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("FASTRL_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FASTRL_CACHE", str(tmp_path))
     planner._costs_of.cache_clear()
     yield
     planner._costs_of.cache_clear()
