@@ -60,11 +60,13 @@ def tuned(op: str, key: str, candidates: Sequence[T], measure: Callable[[T], flo
         candidates: numbers, strings, tuples, named tuples or dataclasses of such; what can be written as JSON.
         measure: candidate -> seconds, or infinity for one that does not run here. Called once for each candidate, only
             with FASTRL_AUTOTUNE=1, when the file has no choice yet and `can_measure()`.
-        default: returned when there is neither a stored nor a measured choice. Need not be a candidate.
+        default: returned when there is neither a stored nor a measured choice.
 
     Raises:
         TypeError: a candidate that JSON cannot represent.
     """
+    if len(candidates) < 2:
+        return candidates[0] if candidates else default
     place = (_file(), op, key)
     choice = _chosen.get(place)
     if choice is not None and choice in candidates:
@@ -75,7 +77,7 @@ def tuned(op: str, key: str, candidates: Sequence[T], measure: Callable[[T], flo
             if _plain(candidate) == stored:
                 _chosen[place] = candidate
                 return candidate
-    if not (candidates and enabled() and can_measure()):
+    if not (enabled() and can_measure()):
         return default
     times = [measure(candidate) for candidate in candidates]
     best = min(range(len(candidates)), key=times.__getitem__)
@@ -153,13 +155,13 @@ def _warn_once(message: str) -> None:
 
 
 def _file() -> Path:
-    return _path(fastrl_cache_dir())
+    return _path(os.environ.get("FASTRL_CACHE"), os.environ.get("XDG_CACHE_HOME"))
 
 
 @functools.cache
-def _path(folder: Path) -> Path:
+def _path(fastrl_cache: str | None, xdg_cache_home: str | None) -> Path:  # what fastrl_cache_dir reads
     name = "_".join(re.sub(r"[^a-z0-9.+]+", "-", part.lower()).strip("-") for part in _machine().values())
-    return folder / f"tuning_{name}.json"
+    return fastrl_cache_dir() / f"tuning_{name}.json"
 
 
 @functools.cache

@@ -96,7 +96,7 @@ _LONG_ROW_CANDIDATES = (
     RowConfig(2048, 4, 3),
     RowConfig(4096, 8, 3),
     RowConfig(8192, 16),
-    RowConfig(8192, 16, 2),
+    RowConfig(4096, 8, 2),
 )
 _LONG_ROW_CANDIDATES_FP64 = (_LONG_ROW_FP64, RowConfig(1024, 4), RowConfig(2048, 8, 3))
 GROUP_CONFIG = GroupConfig(16, 128, 4)
@@ -163,6 +163,11 @@ def row_candidates(vocabulary: int, dtype: torch.dtype) -> tuple[RowConfig, ...]
     if default == _LONG_ROW_FP64:
         return _LONG_ROW_CANDIDATES_FP64
     return _LONG_ROW_CANDIDATES if default == _LONG_ROW and dtype != torch.float64 else (default,)
+
+
+def row_grad_candidates(vocabulary: int, dtype: torch.dtype) -> tuple[RowConfig, ...]:
+    """The same for row_grad, whose programs take one block each: nothing is in flight beside it."""
+    return tuple(c for c in row_candidates(vocabulary, dtype) if c.num_stages == 1)
 
 
 def row_configs(dtype: torch.dtype) -> tuple[RowConfig, ...]:
@@ -264,6 +269,20 @@ def seconds(run: Callable[[], object]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e-3)
     return statistics.median(times[2:])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def rounded(n: int) -> int:
+    """The next power of two: shapes that are new in every batch must not be measured in every batch."""
+    return 1 << (n - 1).bit_length()
+
+
+def row_key(tile: Tensor) -> str:
+    """What the choice among row configurations depends on."""
+    return f"{dtype_name(tile.dtype)} n{min(rounded(tile.shape[0]), 1024)} V{rounded(tile.shape[1])}"
 
 
 def launch_device(kernel: object, tensor: Tensor, name: str) -> AbstractContextManager[object]:

@@ -24,10 +24,12 @@ from fastrl_kernels.triton.launch import (
     MERGE_CONFIG,
     LinearConfig,
     chip,
+    dtype_name,
     interpreted,
     launch_device,
     linear_config,
     linear_schedule,
+    rounded,
     seconds,
     vector,
 )
@@ -370,11 +372,9 @@ def choose_config(
     """The configuration measured to be the fastest for such a call, or the table's."""
     default, possible = candidates(x, weight)
     n, vocabulary = x.shape[0], weight.shape[0]
-    # Shapes to the next power of two: a length that is new every batch must not be measured every batch.
     key = (
-        f"{str(x.dtype).removeprefix('torch.')} n{1 << (n - 1).bit_length()} D{x.shape[1]} "
-        f"V{1 << (vocabulary - 1).bit_length()} tma={default.descriptors} tf32={allows_tf32()} "
-        f"softcap={transform.softcap is not None} entropy={entropy}"
+        f"{dtype_name(x.dtype)} n{rounded(n)} D{x.shape[1]} V{rounded(vocabulary)} tma={default.descriptors} "
+        f"tf32={allows_tf32()} softcap={transform.softcap is not None} entropy={entropy}"
     )
     return tuning.tuned(
         "linear_row_stats",

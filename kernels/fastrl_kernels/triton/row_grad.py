@@ -8,14 +8,29 @@ May write over its own input, one block at a time, and may move rows while it do
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl_kernels import tuning
 from fastrl_kernels.head import LogitTransform, accumulation_dtype
-from fastrl_kernels.triton.launch import check_tile, launch_device, row_config, vector
+from fastrl_kernels.triton.launch import (
+    RowConfig,
+    check_tile,
+    dtype_name,
+    launch_device,
+    row_config,
+    row_grad_candidates,
+    row_key,
+    seconds,
+    vector,
+)
 from fastrl_kernels.triton.transform import load_product, logit_and_slope, transform_scales
+
+MEASURED_ROWS = 512  # enough to fill any GPU
 
 
 @triton.jit
@@ -90,6 +105,7 @@ def row_grad(
     grad_lse: Tensor | None,  # (n,)
     source: Tensor | None = None,  # (k,)
     target: Tensor | None = None,  # (k,)
+    config: RowConfig | None = None,
 ) -> None:
     """Writes `out[target[i]] = d(loss)/d(tile[source[i]])` for k rows, given the gradients of the row statistics.
 
@@ -105,6 +121,7 @@ def row_grad(
         row_max, log_sum, mean: (n,) from `row_stats`; mean is needed exactly when grad_entropy is given.
         grad_logps, grad_entropy, grad_lse: (n,) upstream gradients in the accumulation dtype, or None for zero.
         source, target: (k,) int64 row numbers, within range (not checked: that would wait for the GPU), or both None.
+        config: a launch configuration; None takes the tuned one, or the table's.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or layout other than the above.
@@ -138,8 +155,32 @@ def row_grad(
         vector("target", target, k, device, torch.int64),
     ]
     scale_in, scale_out = transform_scales(transform)
-    config = row_config(vocabulary, tile.dtype)
     with launch_device(row_grad_bwd_kernel, tile, "tile"):
+        if config is None:
+            rows = slice(0, min(n, MEASURED_ROWS))
+            per_row = [None if x is None else x[rows] for x in vectors[2:8]]
+
+            def measure(config: RowConfig) -> float:
+                # On copies: what is measured may be in place, and runs many times.
+                tile_ = torch.empty_strided(tile[rows].shape, tile.stride(), dtype=tile.dtype, device=device)
+                tile_.copy_(tile[rows])
+                in_place = out.data_ptr() == tile.data_ptr()
+                out_ = (
+                    tile_
+                    if in_place
+                    else torch.empty_strided(tile_.shape, out.stride(), dtype=out.dtype, device=device)
+                )
+                arguments: Any = (tile_, out_, ids[rows], transform, bias, *per_row, None, None, config)
+                return seconds(lambda: row_grad(*arguments))
+
+            config = tuning.tuned(
+                "row_grad",
+                f"{row_key(tile)} to {dtype_name(out.dtype)} softcap={transform.softcap is not None} "
+                f"entropy={grad_entropy is not None}",
+                row_grad_candidates(vocabulary, tile.dtype),
+                measure,
+                row_config(vocabulary, tile.dtype),
+            )
         row_grad_bwd_kernel[(k, triton.cdiv(vocabulary, config.block_size))](
             tile,
             out,

@@ -14,8 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl_kernels import tuning
 from fastrl_kernels.head import LogitTransform, RowStats, accumulation_dtype
-from fastrl_kernels.triton.launch import check_tile, launch_device, row_config, vector
+from fastrl_kernels.triton.launch import (
+    RowConfig,
+    check_tile,
+    launch_device,
+    row_candidates,
+    row_config,
+    row_key,
+    seconds,
+    vector,
+)
 from fastrl_kernels.triton.transform import load_product, logit_and_slope, transform_scales
 
 
@@ -34,6 +44,7 @@ def row_stats_fwd_kernel(
     scale_out: tl.float64,
     SOFTCAP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCKS_IN_FLIGHT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = tile_ptr + row * stride
@@ -45,7 +56,7 @@ def row_stats_fwd_kernel(
     running_max = tl.full((), float("-inf"), dtype)
     lane_sum = tl.zeros((BLOCK_SIZE,), dtype)  # sum of exp(z - shift)
     lane_dot = tl.zeros((BLOCK_SIZE,), dtype)  # sum of exp(z - shift) * (z - shift)
-    for start in range(0, V, BLOCK_SIZE):
+    for start in tl.range(0, V, BLOCK_SIZE, num_stages=BLOCKS_IN_FLIGHT):
         cols = start + tl.arange(0, BLOCK_SIZE)
         mask = cols < V
         x = load_product(row_ptr, bias_ptr, cols, mask, dtype)
@@ -89,6 +100,7 @@ def row_stats(
     transform: LogitTransform,
     bias: Tensor | None,  # (V,)
     entropy: bool,
+    config: RowConfig | None = None,
 ) -> RowStats:
     """Max, log-sum, log-probability of `ids` and entropy of each row of logits.
 
@@ -100,6 +112,7 @@ def row_stats(
         transform: how a raw product becomes a logit.
         bias: (V,) in a floating dtype, or None; added before the transform.
         entropy: whether to compute the mean logit, and so the entropy, too.
+        config: a launch configuration; None takes the tuned one, or the table's.
 
     Returns:
         RowStats of (n,) tensors, in fp32 (fp64 for an fp64 tile). A row that holds NaN, +inf, or only -inf has a NaN
@@ -120,8 +133,15 @@ def row_stats(
     if n == 0:
         return stats
     scale_in, scale_out = transform_scales(transform)
-    config = row_config(vocabulary, tile.dtype)
     with launch_device(row_stats_fwd_kernel, tile, "tile"):
+        if config is None:
+            config = tuning.tuned(
+                "row_stats",
+                f"{row_key(tile)} softcap={transform.softcap is not None} entropy={entropy}",
+                row_candidates(vocabulary, tile.dtype),
+                lambda config: seconds(lambda: row_stats(tile, ids, transform, bias, entropy, config)),
+                row_config(vocabulary, tile.dtype),
+            )
         row_stats_fwd_kernel[(n,)](
             tile,
             ids_,
@@ -136,6 +156,7 @@ def row_stats(
             scale_out,
             SOFTCAP=transform.softcap is not None,
             BLOCK_SIZE=config.block_size,
+            BLOCKS_IN_FLIGHT=config.num_stages,
             num_warps=config.num_warps,
             # A fused multiply-add would round the taken logit and the maximum differently: logps above 0.
             enable_fp_fusion=False,
