@@ -3,7 +3,7 @@
     PYTHONPATH=.:kernels python bench/gpu_check.py --out bench/results/NAME
 
 Under ten minutes. Each stage runs in a process of its own (an illegal access ends one stage, not the rest), prints what
-it does with the time since the start, and leaves a JSON file; at the end results.json, report.md and benchmark.png hold
+it does with the time since the start, and leaves a JSON file; at the end results.json, report.md and pictures hold
 everything. The exit code is 0 only if every check passed. `--device cpu --tiny` walks the same path on small shapes.
 """
 
@@ -19,8 +19,18 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# Stage and the seconds it may take; together under ten minutes.
-STAGES = {"environment": 40, "correctness": 150, "memory": 70, "sanitizer": 110, "benchmark": 210}
+# Stage and the seconds it may take, together under ten minutes; what one leaves over goes to those after it.
+STAGES = {
+    "environment": 20,
+    "correctness": 100,
+    "peers": 90,
+    "compiled": 100,
+    "memory": 45,
+    "schedules": 60,
+    "kernels": 35,
+    "growth": 35,
+    "sanitizer": 75,
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -30,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backend", help="backend under test; default: triton on a GPU, fastrl's choice on a CPU")
     parser.add_argument("--tiny", action="store_true", help="small shapes only: to test this script, not a machine")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), help="run these stages")
-    parser.add_argument("--stage", choices=[*STAGES, "kernels"], help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=[*STAGES, "one-call"], help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=120.0, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -39,7 +49,7 @@ def arguments() -> argparse.Namespace:
 def run_stage(options: argparse.Namespace) -> int:
     """One stage, in this process."""
     import torch
-    from gpucheck import benchmark, correctness, environment, memory, sanitizer
+    from gpucheck import correctness, environment, memory, sanitizer, speed
     from gpucheck.record import Record, Settings
 
     from fastrl_kernels import backends
@@ -49,8 +59,12 @@ def run_stage(options: argparse.Namespace) -> int:
         "correctness": correctness.run,
         "memory": memory.run,
         "sanitizer": sanitizer.run,
-        "benchmark": benchmark.run,
-        "kernels": correctness.kernels_once,
+        "peers": speed.plain_peers,
+        "compiled": speed.compiled_peers,
+        "schedules": speed.schedules,
+        "kernels": speed.kernels,
+        "growth": speed.growth,
+        "one-call": correctness.kernels_once,
     }
     deadline = time.time() + options.seconds
     device = torch.device(options.device)
@@ -65,10 +79,11 @@ def run_stage(options: argparse.Namespace) -> int:
 
 def start_stage(options: argparse.Namespace, stage: str) -> dict[str, Any]:
     """One stage in a process of its own; what it left behind, also when it crashed or ran out of time."""
-    limit = STAGES[stage]
+    until_here = sum(STAGES[name] for name in options.only[: options.only.index(stage) + 1])
+    limit = max(15, int(until_here - (time.time() - options.started)))
     command = [sys.executable, __file__, "--stage", stage, "--device", options.device, "--out", str(options.out)]
     # The stage plans for a little less than what it is given, to end by itself.
-    command += ["--started", str(options.started), "--seconds", str(limit - 20)] + ["--tiny"] * options.tiny
+    command += ["--started", str(options.started), "--seconds", str(limit - 8)] + ["--tiny"] * options.tiny
     command += ["--backend", options.backend] if options.backend else []
     path = options.out / f"stage_{stage}.json"
     path.unlink(missing_ok=True)

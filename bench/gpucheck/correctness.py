@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastrl
-from fastrl_kernels import LogitTransform, RowStats, accumulation_dtype, backends, reference
+from fastrl.benchmark.problems import make_problem
+from fastrl_kernels import LogitTransform, RowStats, accumulation_dtype, backends, planner, reference
 
-from .problems import make_problem
 from .record import Record, run_cases
 
 PLAIN = LogitTransform()
@@ -44,8 +45,32 @@ def run(record: Record) -> None:
         for name, objective in OBJECTIVES.items():
             title = f"linear_policy_loss {name} {_short(dtype)}"
             cases[title] = partial(_linear_policy_loss, dtype=dtype, objective=objective, title=title)
+    options: dict[str, dict[str, Any]] = {"capturable": {"capturable": True}, "two lanes": {"limits": {"lanes": 2}}}
+    if settings.on_gpu:
+        options["bf16 tile"] = {"limits": {"tile_dtype": torch.bfloat16}, "dtype": torch.bfloat16}
+        cases["fused forward float32"] = partial(_fused_forward, dtype=torch.float32)
+        cases["fused forward bfloat16"] = partial(_fused_forward, dtype=torch.bfloat16)
+    for name, how in options.items():
+        title = f"linear_policy_loss {name}"
+        dtype = how.pop("dtype", torch.float32)
+        cases[title] = partial(_linear_policy_loss, dtype=dtype, objective=OBJECTIVES["dapo"], title=title, **how)
     cases["policy_loss"] = _policy_loss
-    cases["group_advantages"] = _group_advantages
+    tested = [settings.backend]
+    if settings.on_gpu and settings.backend != "cuda":
+        reason = backends.available()["cuda"]
+        if reason is None:
+            tested.append("cuda")
+            for vocabulary in (129, 50257, 128256):
+                title = f"cuda row kernels bfloat16 V={vocabulary}"
+                cases[title] = partial(
+                    _rows, backend=backends.load("cuda"), v=vocabulary, dtype=torch.bfloat16, transform=EVERYTHING,
+                    title=title,
+                )  # fmt: skip
+        else:
+            record.skip("backend cuda", reason)
+    for name in tested:
+        cases[f"group_advantages {name}"] = partial(_group_advantages, backend=name)
+        cases[f"gae {name}"] = partial(_gae, backend=name)
     run_cases(record, cases)
 
 
@@ -228,8 +253,30 @@ def _logprobs_from_logits(record: Record, dtype: torch.dtype) -> None:
         record.close(f"logprobs_from_logits {_short(dtype)}: {name}", *values)
 
 
-def _linear_policy_loss(record: Record, dtype: torch.dtype, objective: fastrl.PolicyObjective, title: str) -> None:
-    problem = make_problem(*_sizes(record), dtype, record.settings.device, dead=0.34)
+def _fused_forward(record: Record, dtype: torch.dtype) -> None:
+    """Scoring without a tile of logits, forced, at a small and a large hidden size."""
+    for sizes in (_sizes(record), (2, 100, 4096, 50257)):
+        problem = make_problem(*sizes, dtype, record.settings.device)
+        inputs = (problem.hidden, problem.weight, problem.ids)
+        with torch.no_grad(), planner.forced(fused_forward=True):
+            ours = fastrl.linear_logprobs(*inputs, entropy=True, backend=record.settings.backend)
+            again = fastrl.linear_logprobs(*inputs, entropy=True, backend=record.settings.backend)
+        with torch.no_grad():
+            eager = fastrl.linear_logprobs(*inputs, entropy=True, backend="reference")
+            wide = (problem.hidden.double(), problem.weight.double(), problem.ids)
+            truth = fastrl.linear_logprobs(*wide, entropy=True, backend="reference")
+        title = f"fused forward {_short(dtype)} {sizes}"
+        for name, x, y, z in zip(("logps", "entropy", "lse"), ours, eager, truth, strict=True):
+            record.close(f"{title}: {name}", x, y, z)
+        same = all(torch.equal(x, y) for x, y in zip(ours, again, strict=True))
+        record.check(f"{title}: twice the same bits", same)
+
+
+def _linear_policy_loss(
+    record: Record, dtype: torch.dtype, objective: fastrl.PolicyObjective, title: str,
+    limits: dict[str, Any] | None = None, **options: Any,
+) -> None:  # fmt: skip
+    problem = make_problem(*_sizes(record), dtype, record.settings.device, live_share=0.66)
     problem.mask[-1, 5:] = False  # a short completion
     ref_logps = problem.old_logps - 0.05
     arguments = {"advantages": problem.advantages, "mask": problem.mask, "old_logps": problem.old_logps,
@@ -240,7 +287,10 @@ def _linear_policy_loss(record: Record, dtype: torch.dtype, objective: fastrl.Po
 
     def fused() -> list[Tensor]:
         leaves = list(problem.leaves())
-        out = fastrl.linear_policy_loss(*leaves, problem.ids, objective, backend=record.settings.backend, **arguments)
+        with planner.forced(**(limits or {})):
+            out = fastrl.linear_policy_loss(
+                *leaves, problem.ids, objective, backend=record.settings.backend, **arguments, **options
+            )
         return finish(out.loss, leaves)
 
     def plain(kind: torch.dtype) -> list[Tensor]:
@@ -282,7 +332,23 @@ def _policy_loss(record: Record) -> None:
             )
 
 
-def _group_advantages(record: Record) -> None:
+def _gae(record: Record, backend: str) -> None:
+    device = record.settings.device
+    generator = torch.Generator().manual_seed(0)
+    for b, t in ((3, 17), (5, 129)) if record.settings.tiny else ((3, 17), (64, 2048), (1000, 333)):
+        rewards, values = torch.randn(2, b, t, generator=generator, dtype=torch.float64)
+        mask = torch.rand(b, t, generator=generator) < 0.8
+        for through in (False, True):
+            options = {"gamma": 0.99, "lam": 0.95, "through_mask": through}
+            plain = (rewards.float(), values.float())
+            truth = fastrl.gae(rewards, values, mask, backend="reference", **options)
+            eager = fastrl.gae(*plain, mask, backend="reference", **options)
+            ours = fastrl.gae(*(x.to(device) for x in plain), mask.to(device), backend=backend, **options)
+            for name, x, y, z in zip(("advantages", "returns"), ours, eager, truth, strict=True):
+                record.close(f"gae {backend} {b} x {t} through_mask={through}: {name}", x, y.to(device), z.to(device))
+
+
+def _group_advantages(record: Record, backend: str) -> None:
     device = record.settings.device
     generator = torch.Generator().manual_seed(0)
     for count in (1, 17, 333) if record.settings.tiny else (1, 17, 333, 4096):
@@ -296,9 +362,9 @@ def _group_advantages(record: Record) -> None:
                 truth = fastrl.group_advantages(rewards, group_ids, backend="reference", **options).to(device)
                 eager = fastrl.group_advantages(rewards.float(), group_ids, backend="reference", **options).to(device)
                 ours = fastrl.group_advantages(
-                    rewards.float().to(device), group_ids.to(device), backend=record.settings.backend, **options
+                    rewards.float().to(device), group_ids.to(device), backend=backend, **options
                 )
-                title = f"group_advantages B={count} {baseline} {scale}"
+                title = f"group_advantages {backend} B={count} {baseline} {scale}"
                 record.close(title, ours, eager, truth)
                 record.check(f"{title}: zeros", torch.equal(ours == 0, eager == 0))
 

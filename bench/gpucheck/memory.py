@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 import fastrl
-from fastrl_kernels import engine
+from fastrl.benchmark.problems import DAPO, make_problem
+from fastrl_kernels import planner
 
-from .problems import DAPO, make_problem
 from .record import Record, run_cases
 
 MIB = 2**20
 
 
 def run(record: Record) -> None:
-    record.facts["tile bytes"] = engine.TILE_BYTES.get(record.settings.device.type)
+    record.facts["tile bytes"] = planner.LIMITS[record.settings.device.type].tile_bytes
     run_cases(
         record,
         {
@@ -94,7 +94,7 @@ def _peak_of_the_loss(record: Record) -> None:
         return
     problem = make_problem(BATCH, STEPS, HIDDEN, VOCABULARY, torch.bfloat16, record.settings.device)
     n, d, v = problem.sizes
-    tile = engine.TILE_BYTES["cuda"]
+    tile = planner.LIMITS["cuda"].tile_bytes
     for name, frozen in (("", False), (", frozen head", True)):
         hidden, weight = problem.leaves(frozen)
         torch.cuda.synchronize()
@@ -131,7 +131,7 @@ def _peak_of_scoring(record: Record) -> None:
         )
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    allowed = engine.TILE_BYTES["cuda"] + 64 * MIB
+    allowed = planner.LIMITS["cuda"].tile_bytes + 64 * MIB
     record.check(
         "scoring: peak beyond inputs", peak <= allowed,
         measured_mib=peak / MIB, allowed_mib=allowed / MIB, eager_logits_mib=n * v * 4 / MIB,

@@ -31,6 +31,9 @@ class Settings:
         return self.device.type == "cuda"
 
 
+_SAVED = ("stage", "checks", "rows", "facts", "not_run", "growth", "targets")
+
+
 @dataclass
 class Record:
     """The outcome of one stage, written to disk after every step so that a crash or a timeout loses nothing."""
@@ -41,12 +44,14 @@ class Record:
     rows: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     not_run: list[dict[str, str]] = field(default_factory=list)
+    growth: list[dict[str, Any]] = field(default_factory=list)  # rows of the growth with N
+    targets: list[dict[str, Any]] = field(default_factory=list)  # what is asked for, and whether it was reached
 
     def say(self, text: str) -> None:
         print(f"[{time.time() - self.settings.started:6.1f} s] {self.stage}: {text}", flush=True)
 
     def save(self, finished: bool = False) -> None:
-        content = {k: getattr(self, k) for k in ("stage", "checks", "rows", "facts", "not_run")}
+        content = {k: getattr(self, k) for k in _SAVED}
         path = self.settings.out / f"stage_{self.stage}.json"
         path.write_text(json.dumps({**content, "finished": finished}, indent=1))
 
@@ -63,6 +68,13 @@ class Record:
             self.say(f"FAILED {name}{': ' + shown if shown else ''}")
         self.save()
         return ok
+
+    def target(self, name: str, reached: bool, **numbers: Any) -> None:
+        """Records a speed that is wanted. A missed one is in the report; it is no failed check."""
+        self.targets.append({"name": name, "reached": bool(reached), **numbers})
+        shown = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items())
+        self.say(f"{'reached' if reached else 'MISSED'}: {name}: {shown}")
+        self.save()
 
     def close(self, name: str, ours: Tensor, eager: Tensor, exact: Tensor, scale: float | None = None) -> bool:
         """Checks that our error is at most 4 times eager's in the same dtype, plus a few roundings."""

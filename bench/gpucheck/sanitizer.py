@@ -31,7 +31,7 @@ def run(record: Record) -> None:
             continue
         script = Path(__file__).parent.parent / "gpu_check.py"
         command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)]
-        command += ["--stage", "kernels", "--device", str(record.settings.device), "--out", str(record.settings.out)]
+        command += ["--stage", "one-call", "--device", str(record.settings.device), "--out", str(record.settings.out)]
         command += ["--backend", record.settings.backend]
         # Without the caching allocator each tensor is an allocation of its own, so that a step outside it is seen.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-_LIBC = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
+# glibc only
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -73,10 +74,8 @@ def peak_growth(run: Callable[[], object], device: torch.device) -> int | None:
     counts. None where the system does not tell.
     """
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif _LIBC is not None:
-        _LIBC.malloc_trim(0)  # what earlier calls freed would hide what this one takes
+    if device.type == "cpu" and _TRIM is not None:
+        _TRIM(0)  # what earlier calls freed would hide what this one takes
     meter = MemoryMeter(device)
     result = run()
     lap = meter.lap()

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastrl.cli import doctor, grpo
+from fastrl.cli import bench, doctor, grpo
 from fastrl.cli.errors import UserError
 
 
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not arguments.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return int(arguments.run(arguments))
     except UserError as error:
@@ -48,6 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(takes_overrides=False)
     commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
     grpo.add_parser(commands)
-
+    bench.add_parser(commands)
     doctor.add_parser(commands)
     return parser

@@ -1,0 +1,93 @@
+"""The results as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .suite import Results
+
+
+def markdown(results: Results, command: str) -> str:
+    """The whole page: command, machine, one table for each workload, growth, and what did not run."""
+    facts = results.facts
+    lines = [f"`{command}`", "", f"{facts['device']}; {results.seconds:.0f} s.", ""]
+    lines += [", ".join(f"{k} {v}" for k, v in facts["versions"].items()), ""]
+    lines += ["N: tokens, n: tokens that carry a gradient, D: hidden size, V: vocabulary, T: tokens of a completion."]
+    lines += [
+        "Time: median (fastest - slowest) of the rounds of one interleaved run. Error: the largest of the results'"
+    ]
+    lines += ["distances to fp64, relative, in the 2-norm. Memory: peak growth of one call, and what of it is not the"]
+    lines += ["gradients themselves."]
+    for failure in results.failures:
+        lines += ["", f"**FAILED**: {failure}"]
+    for table in tables(results.rows):
+        lines += ["", *table]
+    if results.growth:
+        lines += ["", "## Growth with N", ""]
+        lines += [_line(line) for line in results.lines]
+        for table in tables(results.growth):
+            lines += ["", *table]
+    if results.absent:
+        lines += ["", "## Not on this machine", ""]
+        lines += [f"- {name}: {reason}" for name, reason in results.absent.items()]
+    if results.not_run:
+        lines += ["", "## Not run", "", *(f"- {item['name']}: {item['reason']}" for item in results.not_run)]
+    return "\n".join(lines) + "\n"
+
+
+def tables(rows: Sequence[dict[str, Any]], level: str = "###") -> Iterable[list[str]]:
+    """One table for each workload, in the order in which they ran."""
+    workloads: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        sizes = tuple((k, row[k]) for k in ("N", "D", "V", "B", "T", "G") if k in row)
+        workloads.setdefault((row["workload"], row["shape"], row["dtype"], sizes), []).append(row)
+    for (title, shape, dtype, sizes), some in workloads.items():
+        yield [f"{level} {title}", "", f"{shape}, {dtype}, {', '.join(f'{k} {v}' for k, v in sizes)}", "", *table(some)]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows of one workload as a table, fastest first after the floor."""
+    floor = next((row for row in rows if row["floor"]), None)
+    ordered = sorted(rows, key=lambda r: (not r["floor"], "median_s" not in r, r.get("median_s", 0.0)))
+    unit = "GB" if rows and rows[0]["unit"] == "byte" else "TFLOP"
+    scale = 1e9 if unit == "GB" else 1e12
+    lines = [
+        f"| | median | fastest - slowest | / floor | {unit} | {unit}/s | peak MB | beyond gradients MB | error |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in ordered:
+        name = f"**{row['contender']}**" if row["ours"] else row["contender"]
+        cost = f"{row['formula']} = {row['cost'] / scale:.3g}"
+        if "median_s" not in row:
+            lines.append(f"| {name} | {row.get('refused', 'not measured')} | | | {cost} | | | | |")
+            continue
+        ratio = row["median_s"] / floor["median_s"] if floor is not None and "median_s" in floor else None
+        error = f"{max(row['errors'].values()):.1e}" if row.get("errors") else ""
+        memory = ["" if row[k] is None else f"{row[k] / 1e6:.0f}" for k in ("peak_bytes", "extra_bytes")]
+        if row["floor"]:
+            memory = ["", ""]  # its buffers are made before
+        lines.append(
+            f"| {name} | {duration(row['median_s'])} | {duration(row['min_s'])} - {duration(row['max_s'])} "
+            f"| {'' if ratio is None else f'{ratio:.2f}'} | {cost} | {row['cost'] / row['median_s'] / scale:.3g} "
+            f"| {memory[0]} | {memory[1]} | {error} |"
+        )
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Three digits, in s, ms or µs."""
+    unit, factor = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+    value = seconds * factor
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}" if value >= 10 else f"{value:.2f} {unit}"
+
+
+def _line(line: dict[str, Any]) -> str:
+    per_token = f"{line['per_token'] * 1e6:.1f} µs" if line["what"] == "time" else f"{line['per_token']:.0f} bytes"
+    base = duration(max(line["base"], 0.0)) if line["what"] == "time" else f"{line['base'] / 1e6:.0f} MB"
+    verdict = "a straight line" if line["straight"] else "NOT a straight line"
+    return (
+        f"- {line['contender']}, {line['op']}: {line['what']} is {verdict}, {base} + N x {per_token}, "
+        f"N = {line['from']} to {line['to']}; the farthest of {line['points']} points is "
+        f"{line['largest_distance']:.0%} off it"
+    )
