@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -50,9 +51,18 @@ class LinearConfig(NamedTuple):
         """Programs that a multiprocessor holds: with two, one reduces its tile while the other multiplies."""
         return 2 if self.num_warps == 4 else 1
 
+    @property
+    def step_flops(self) -> int:
+        """FLOPs of one step of a program: one product of tiles."""
+        return 2 * self.block_rows * self.block_cols * self.block_depth
+
+    def step_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of operands that one step brings in."""
+        return (self.block_rows + self.block_cols) * self.block_depth * dtype.itemsize
+
     def shared_bytes(self, dtype: torch.dtype) -> int:
         """Shared memory of the operands in flight, in bytes."""
-        return self.num_stages * (self.block_rows + self.block_cols) * self.block_depth * dtype.itemsize
+        return self.num_stages * self.step_bytes(dtype)
 
 
 class MergeConfig(NamedTuple):
@@ -249,25 +259,25 @@ def chip(device: torch.device) -> Chip:
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def interpreted(kernel: object) -> bool:
-    """Whether a kernel runs in Python (TRITON_INTERPRET=1 when it was defined)."""
-    return isinstance(kernel, triton.runtime.interpreter.InterpretedFunction)
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Median time of `run` on the current CUDA stream, warm; infinity if it needs more than the chip has."""
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Median time of `run` on the current stream, warm; infinity if it needs more than the chip has."""
     try:
         run()
     except triton.runtime.errors.OutOfResources:
         return math.inf
     times = []
     for _ in range(9):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e-3)
+        else:  # Triton's interpreter: a time that only shows that the path works
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
     return statistics.median(times[2:])
 
 
@@ -293,7 +303,7 @@ def launch_device(kernel: object, tensor: Tensor, name: str) -> AbstractContextM
     """
     if tensor.device.type == "cuda":
         return torch.cuda.device(tensor.device)
-    if interpreted(kernel):
+    if not isinstance(kernel, triton.runtime.jit.JITFunction):
         return nullcontext()
     raise RuntimeError(
         f"the triton backend runs on CUDA tensors, but {name} is on {tensor.device} "

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastrl_kernels import tuning
+from fastrl_kernels.backends import triton_interpreted
 from fastrl_kernels.head import LogitTransform, RowStats
 from fastrl_kernels.triton.launch import (
     LINEAR_DTYPES,
@@ -25,7 +26,6 @@ from fastrl_kernels.triton.launch import (
     LinearConfig,
     chip,
     dtype_name,
-    interpreted,
     launch_device,
     linear_config,
     linear_schedule,
@@ -380,7 +380,7 @@ def choose_config(
         "linear_row_stats",
         key,
         possible,
-        lambda config: seconds(lambda: linear_row_stats(x, weight, ids, transform, bias, entropy, config)),
+        lambda config: seconds(lambda: linear_row_stats(x, weight, ids, transform, bias, entropy, config), x.device),
         default,
     )
 
@@ -427,7 +427,7 @@ def linear_row_stats(
     stats = RowStats(row_max, log_sum, logps, mean)
     if n == 0:
         return stats
-    if interpreted(linear_stats_fwd_kernel):  # its dot of bf16 is garbage
+    if triton_interpreted():  # its dot of bf16 is garbage
         x, weight = x.float(), weight.float()
     with launch_device(linear_stats_fwd_kernel, x, "x"):
         if config is None:

@@ -171,7 +171,7 @@ def row_grad(
                     else torch.empty_strided(tile_.shape, out.stride(), dtype=out.dtype, device=device)
                 )
                 arguments: Any = (tile_, out_, ids[rows], transform, bias, *per_row, None, None, config)
-                return seconds(lambda: row_grad(*arguments))
+                return seconds(lambda: row_grad(*arguments), device)
 
             config = tuning.tuned(
                 "row_grad",

@@ -139,7 +139,7 @@ def row_stats(
                 "row_stats",
                 f"{row_key(tile)} softcap={transform.softcap is not None} entropy={entropy}",
                 row_candidates(vocabulary, tile.dtype),
-                lambda config: seconds(lambda: row_stats(tile, ids, transform, bias, entropy, config)),
+                lambda config: seconds(lambda: row_stats(tile, ids, transform, bias, entropy, config), tile.device),
                 row_config(vocabulary, tile.dtype),
             )
         row_stats_fwd_kernel[(n,)](
