@@ -65,7 +65,8 @@ def sample_batch(model_path: str, device: torch.device) -> Rollouts:
     from fastrl.rollout import SamplingParams, TransformersEngine
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model.to(device)
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=True
