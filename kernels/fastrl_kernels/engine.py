@@ -153,18 +153,18 @@ class _Accumulator:
         return self.half_tiles[lane][: tile.shape[0]] if self.half else tile
 
     def add(self, dtile: Tensor, x: Tensor, rows: Rows) -> None:
-        """GEMM2 and GEMM3 of a chunk: dtile (k, V) is the gradient of the products of the rows x (k, D)."""
-        if self.needs.hidden:
-            self._add_hidden(dtile, rows)
-        if self.needs.weight:
-            self._add_weight(dtile, x)
+        """GEMM2 and GEMM3 of a chunk: dtile (k, V) is the gradient of the products of the rows x (k, D); used up."""
         if self.needs.bias:
             self.bias += dtile.sum(0, dtype=self.head.dtype)
+        if self.needs.weight:
+            self._add_weight(dtile, x)
+        if self.needs.hidden:
+            self._add_hidden(dtile, rows)
 
     def _add_hidden(self, dtile: Tensor, rows: Rows) -> None:
         weight = self.head.weight
         if weight.dtype != dtile.dtype and native_half(dtile.device, weight.dtype):
-            dtile = dtile.to(weight.dtype)  # as tensor cores take it; the sum over V stays in fp32
+            dtile = _narrowed(dtile, weight.dtype)  # as tensor cores take it; the sum over V stays in fp32
         if weight.dtype == dtile.dtype:
             if isinstance(rows, slice) and self.hidden.dtype == dtile.dtype:
                 torch.mm(dtile, weight, out=self.hidden[rows])
@@ -228,6 +228,15 @@ class _RowPasses:
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def _narrowed(tile: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tile in a dtype of half the size, in its own memory: row i lies in the first half of the old row i."""
+    narrow = tile.view(dtype)[:, : tile.shape[1]]
+    for start in range(0, tile.shape[0], 16):
+        part = slice(start, start + 16)
+        narrow[part] = tile[part].to(dtype)
+    return narrow
 
 
 def _take(x: Tensor, rows: Rows) -> Tensor:

@@ -54,10 +54,11 @@ def _plan(
     kept: bool = False,
 ) -> planner.Plan:
     total = head.ids.shape[0]
+    fused = hasattr(head.backend, "linear_row_stats") and head.weight.dtype != torch.float64
     work = planner.Work(
         kind, total if rows is None else rows.shape[0], total, head.hidden.shape[1], widest, head.weight.dtype,
         head.hidden.device, needs is not None and needs.hidden, needs is not None and needs.weight, scored,
-        head.group is not None, kept, hasattr(head.backend, "linear_row_stats"), settings.memory_budget,
+        head.group is not None, kept, fused, settings.memory_budget,
     )  # fmt: skip
     plan = planner.make_plan(work)
     if settings.explain:
@@ -387,8 +388,7 @@ def _policy_loss(
         columns = iter((table[:, rows] if isinstance(rows, slice) else table.index_select(1, rows)).unbind())
         given: dict[str, Any] = {name: None if x is None else next(columns) for name, x in vectors.items()}
         weight, bonus = given.pop("weight"), given.pop("entropy_weight")
-        kernel = getattr(head.backend, "policy_terms", None)
-        return coefficients(rule, TokenBatch(logps, entropies, **given), weight, bonus, kernel)
+        return coefficients(rule, TokenBatch(logps, entropies, **given), weight, bonus, head.backend.policy_terms)
 
     capturable = settings.capturable
     live_rows = _select(inside if capturable else live, ids, vocabulary, capturable)

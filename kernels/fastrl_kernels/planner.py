@@ -54,7 +54,7 @@ class Costs:
     gemm: float  # FLOP/s of the head's GEMMs
     bandwidth: float  # bytes/s of the row passes
     chunk: float  # seconds per chunk beside both: launches, coefficients
-    fused_share: float  # rate of the fused forward as a share of gemm; 0: there is none
+    fused_share: float  # rate of the fused forward as a share of gemm; 0: there is none, or it was not measured
     origin: str  # "measured" or "assumed"
 
 
@@ -62,8 +62,7 @@ def _assumed(device: torch.device, dtype: torch.dtype) -> Costs:
     if device.type == "cpu":  # per core, Zen 4
         cores = torch.get_num_threads()
         return Costs(75e9 * cores * (0.5 if dtype == torch.float64 else 1.0), 7e9 * cores, 2e-3, 0.0, "assumed")
-    half = dtype.itemsize == 2
-    return Costs(7e14 if half else 5e13, 3e12, 6e-5, 0.6 if half else 0.4, "assumed")
+    return Costs(7e14 if dtype.itemsize == 2 else 5e13, 3e12, 6e-5, 0.0, "assumed")
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,8 @@ def make_plan(work: Work) -> Plan:
         budget, why, least = int(free * MOST_OF_FREE_MEMORY), f"{MOST_OF_FREE_MEMORY:.0%} of the free memory as", 1
 
     lanes = 1
-    if schedule == "single pass" and gradients and limits.lanes > 1 and work.rows > least:
+    measured = costs.origin == "measured" or "lanes" in _forced  # two streams only where they were seen to work
+    if schedule == "single pass" and gradients and limits.lanes > 1 and work.rows > least and measured:
         share = row_pass / (row_pass + (1 + gradients) * row_gemm)
         if share >= OVERLAP_FROM:
             lanes = limits.lanes

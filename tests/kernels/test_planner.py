@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,20 @@ def test_free_memory_is_measured() -> None:
     assert free is not None and 2**26 < free < 2**46
 
 
-def test_fused_forward_where_the_tile_costs_most() -> None:
+@pytest.fixture
+def measured_gpu() -> None:
+    """The rates of a GPU as `calibrate` would leave them."""
+    rates = planner.Costs(7e14, 3e12, 6e-5, 0.6, "measured")
+    tuning.store("costs", planner._key(H200["device"], torch.bfloat16, 0), asdict(rates))  # type: ignore[arg-type]
+
+
+def test_nothing_unmeasured_is_chosen_on_a_gpu() -> None:
+    half = {"dtype": torch.bfloat16, "fused_forward": True, "vocabulary": 151936, **H200}
+    assert make_plan(work("score", hidden_size=576, **half)).schedule == "forward only"
+    assert make_plan(work(hidden_size=576, **half)).lanes == 1
+
+
+def test_fused_forward_where_the_tile_costs_most(measured_gpu: None) -> None:
     half = {"dtype": torch.bfloat16, "fused_forward": True, "vocabulary": 151936, **H200}
     assert make_plan(work("score", hidden_size=576, **half)).schedule == "fused forward"
     assert make_plan(work("score", hidden_size=8192, **half)).schedule == "forward only"
@@ -78,7 +92,7 @@ def test_fused_forward_where_the_tile_costs_most() -> None:
     assert make_plan(work("score", hidden_size=576, **half)).schedule == "forward only"
 
 
-def test_two_lanes_where_row_passes_show() -> None:
+def test_two_lanes_where_row_passes_show(measured_gpu: None) -> None:
     half = {"dtype": torch.bfloat16, "rows": 16384, "vocabulary": 128256, **H200}
     plan = make_plan(work(hidden_size=2048, **half))
     assert plan.lanes == 2 and plan.tile_bytes <= 512 * MIB
