@@ -37,7 +37,8 @@ A* output_of(void* out, int64_t offset, A* scratch) {
 template <typename A, KlEstimator kEstimator, bool kSequence>
 void policy_rows(const PolicyTermsArgs& a, int64_t begin, int64_t end) {
   const A low = static_cast<A>(a.low), high = static_cast<A>(a.high), delta = static_cast<A>(a.delta);
-  const A beta = static_cast<A>(a.beta), kl_by_ratio = a.kl_times_ratio ? A(1) : A(0);
+  const A beta = static_cast<A>(a.beta);
+  const bool kl_by_ratio = a.kl_times_ratio;
   uint8_t ones[kStrip];
   for (auto& one : ones) one = 1;
   A ratio[kStrip], entropy_buffer[kStrip], advantage_buffer[kStrip], gate_buffer[kStrip], bonus_buffer[kStrip];
@@ -101,22 +102,22 @@ void policy_rows(const PolicyTermsArgs& a, int64_t begin, int64_t end) {
         A loss = -least * gate[j], grad_ratio = -slope * gate[j], grad_own = 0;
         if (kEstimator != KlEstimator::kNone) {
           const A d = ref[j] - logps[j];
-          A kl, kl_slope;
+          const A factor = kl_by_ratio ? c : A(1);
+          A kl, slope_kl;
           if (kEstimator == KlEstimator::kK1) {
             kl = -d;
-            kl_slope = 1;
+            slope_kl = factor;
           } else if (kEstimator == KlEstimator::kK2) {
             kl = A(0.5) * d * d;
-            kl_slope = -d;
+            slope_kl = -d * factor;
           } else {
             const A e = exp_to_inf(d);
             kl = e - d - 1;
-            kl_slope = 1 - e;
+            slope_kl = factor - factor * e;  // not factor * (1 - e): an infinite ratio leaves NaN, as in autograd
           }
-          // Selected, not multiplied by 0 or 1: an infinite KL would become NaN.
-          grad_ratio += kl_by_ratio != 0 ? beta * kl : A(0);
-          grad_own = beta * (kl_by_ratio != 0 ? kl_slope * c : kl_slope);
-          kl = kl_by_ratio != 0 ? kl * c : kl;
+          grad_ratio += kl_by_ratio ? beta * kl : A(0);  // selected, since 0 * inf is NaN
+          grad_own = beta * slope_kl;
+          kl = kl_by_ratio ? kl * c : kl;
           loss += beta * kl;
           kl_sum += in ? kl : A(0);
         }

@@ -409,13 +409,12 @@ def _metrics_from_sums(
         out["entropy"] = (total.entropy / scored).to(dtype)
     if objective.importance_sampling_level == "sequence" and tokens.advantages.shape[-1] == 1:
         share, low, high = dtype, row.low, row.high
-        means = torch.stack([row.low.mean(), row.high.mean()])
+        means = torch.stack([x.mean() for x in (row.low, row.high, row.low + row.high)])
     else:
         low, high = row.low / row.counted, row.high / row.counted  # NaN: a fully masked row
-        means = torch.stack([total.low, total.high]) / count
-    means = means.to(share)
-    out["clip_ratio/low_mean"], out["clip_ratio/high_mean"] = means.unbind()
-    out["clip_ratio/region_mean"] = means.sum()
+        means = torch.stack([total.low, total.high, total.low + total.high]) / count
+    names = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+    out |= zip(names, means.to(share).unbind(), strict=True)
     out["clip_ratio/low_min"] = -_nan_max(-low).to(share)
     out["clip_ratio/high_max"] = _nan_max(high).to(share)
     return out, total.policy.to(dtype)
@@ -472,9 +471,9 @@ def linear_policy_loss(
         ids: `(B, T)` integers in `[0, V)` where the mask is set, anything elsewhere.
         score_dead: also score tokens that carry no gradient. Otherwise their logps are 0 and they do not enter the
             entropy metric.
-        weight_grad: `(V, D)` fp32 (fp64 for fp64 inputs), such as an fp32 weight's `.grad` or Megatron's `main_grad`: dW
-            is added to it chunk by chunk, in the forward, and weight gets no gradient from autograd. So the loss must
-            meet backward() unscaled, which is checked. Token-local objectives only; not under torch.compile.
+        weight_grad: `(V, D)` fp32 (fp64 for fp64 inputs), such as an fp32 weight's `.grad` or Megatron's `main_grad`:
+            dW is added to it chunk by chunk, in the forward, and weight gets no gradient from autograd. So the loss
+            must meet backward() unscaled, which is checked. Token-local objectives only; not under torch.compile.
         grad_tolerance: 0 (exact), or the share of each chunk's gradient, in the sum of the rows' L1 norms of dlogits,
             that may be left out: the rows of smallest norm cost their logits and nothing more. Each row's norm is
             `2|c|(1 - p)`, c being d loss / d logp (an entropy bonus adds at most `2|c_H|H`). What was dropped are the
@@ -507,7 +506,7 @@ def linear_policy_loss(
     if weight_grad is not None:
         validation.check_weight_grad(weight_grad, weight, dtype)
         if not objective.token_local or name == "reference":
-            raise ValueError("weight_grad: dW is made in the forward only for a token-local objective and not by the reference")
+            raise ValueError("weight_grad: only a token-local objective makes dW in the forward, and not the reference")
 
     if not objective.token_local or name == "reference":
         scored = live
