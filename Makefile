@@ -60,7 +60,7 @@ test-triton36: $(VENV)-triton36/done
 	PYTHONPATH=.:kernels $(VENV)-triton36/bin/python -m pytest tests/triton
 
 bench: $(VENV)/build.done
-	$(BIN)/python bench/policy_loss.py
+	$(BIN)/fastrl bench
 
 lint: $(VENV)/build.done
 	$(BIN)/ruff check .
