@@ -248,7 +248,20 @@ class Suite:
             self._measure(workload, _many(effort))
 
     def _optimizer_step(self, effort: Effort) -> None:
-        self.results.not_run.append({"name": "optimizer step", "reason": "not there yet"})
+        try:
+            from fastrl.data import DemoModelError
+
+            from .optimizer_step import optimizer_step_rows
+        except ImportError as error:
+            reason = f"it needs the packages of fastrl[train]: {error}"
+            self.results.not_run.append({"name": "optimizer step", "reason": reason})
+            return
+        try:
+            rows = optimizer_step_rows(self.options.device, seconds=effort.seconds, say=self.progress)
+        except DemoModelError as error:
+            self.results.not_run.append({"name": "optimizer step", "reason": str(error)})
+            return
+        self.results.rows += rows
 
     def _scaling(self, effort: Effort) -> None:
         o = self.options
