@@ -30,7 +30,7 @@ __device__ __forceinline__ void for_each_reward(const AdvantageArgs& a, int thre
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) group_advantages_kernel(const AdvantageArgs a) {
+__global__ void __launch_bounds__(kThreads, kResident) group_advantages_kernel(const AdvantageArgs a) {
   const int lane = threadIdx.x % 32;
   const int64_t mine = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   const bool exists = mine < a.count;  // no thread leaves early: all of them sum the batch

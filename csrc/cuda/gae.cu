@@ -106,7 +106,7 @@ struct Scan {
 };
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads) gae_kernel(const GaeArgs a, const int blocks_per_row) {
+__global__ void __launch_bounds__(kThreads, kResident) gae_kernel(const GaeArgs a, const int blocks_per_row) {
   const RowBlocks blocks(blocks_per_row);
   const Row<A> row(a, blocks.row);
   GaeMap<A>* scratch = reinterpret_cast<GaeMap<A>*>(fastrl_shared);

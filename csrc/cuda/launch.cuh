@@ -21,6 +21,7 @@ namespace fastrl::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr int kResident = 3;  // blocks that a multiprocessor should hold, or its memory idles: 80 registers a thread
 constexpr int kMostBlocks = 8;  // of one row: the largest cluster that every chip takes
 
 // W consecutive elements of a row, in one access.

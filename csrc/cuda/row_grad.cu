@@ -13,7 +13,7 @@ template <typename T, typename Out>
 constexpr int kPacket = 16 / (sizeof(T) > sizeof(Out) ? sizeof(T) : sizeof(Out));
 
 template <typename T, typename Out, bool kCap, bool kEntropy>
-__global__ void __launch_bounds__(kThreads) row_grad_kernel(const GradArgs a,
+__global__ void __launch_bounds__(kThreads, kResident - 1) row_grad_kernel(const GradArgs a,
                                                             const Logit<typename Accumulator<T>::type> logit,
                                                             const int blocks_per_row) {
   using A = typename Accumulator<T>::type;

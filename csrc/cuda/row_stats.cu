@@ -7,7 +7,7 @@ namespace fastrl::cuda {
 namespace {
 
 template <typename T, bool kCap>
-__global__ void __launch_bounds__(kThreads) row_stats_kernel(const StatsArgs a,
+__global__ void __launch_bounds__(kThreads, kResident) row_stats_kernel(const StatsArgs a,
                                                              const Logit<typename Accumulator<T>::type> logit,
                                                              const int blocks_per_row) {
   using A = typename Accumulator<T>::type;

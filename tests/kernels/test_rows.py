@@ -1,11 +1,14 @@
-"""The C++ row passes, tile by tile, for every instruction set that this processor runs."""
+"""The row passes, tile by tile: the C++ ones for every instruction set that this processor runs, and the CUDA ones on a
+stand-in for the CUDA runtime, which runs them on the CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from cuda_on_cpu.build import cuda_on_cpu
 from tolerance import assert_as_accurate, error
 from torch import Tensor
 
@@ -18,11 +21,15 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (1, 2, 127, 128, 129, 507, 2047, 2048, 2049, 5000)
 
 
-@pytest.fixture(params=_C.instruction_sets(), autouse=True)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(params=[*_C.instruction_sets(), "cuda on cpu"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("CUDA_ON_CPU_CAPABILITY", "9")
+    if request.param == "cuda on cpu":
+        yield cuda_on_cpu()
+        return
     before = _C.instruction_set()
     _C.use_instruction_set(request.param)
-    yield request.param
+    yield cpu
     _C.use_instruction_set(before)
 
 
@@ -38,7 +45,7 @@ def truth_stats(tile: Tensor, ids: Tensor, transform: LogitTransform, bias: Tens
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", SIZES)
-def test_stats_match_fp64(v: int, dtype: torch.dtype) -> None:
+def test_stats_match_fp64(v: int, dtype: torch.dtype, kernels: Any) -> None:
     for transform in (
         LogitTransform(),
         LogitTransform(0.7, 1.3),
@@ -48,7 +55,7 @@ def test_stats_match_fp64(v: int, dtype: torch.dtype) -> None:
         for bias in (None, torch.randn(v)):
             tile = (torch.randn(5, v) * 4 - 20).to(dtype)  # all negative: a counted padding column would win
             ids = torch.randint(v, (5,))
-            stats = cpu.row_stats(tile, ids, transform, bias, True)
+            stats = kernels.row_stats(tile, ids, transform, bias, True)
             truth = truth_stats(tile, ids, transform, bias)
             low = torch.float64 if dtype == torch.float64 else torch.float32
             plain_bias = None if bias is None else bias.to(low)
@@ -64,7 +71,7 @@ def test_stats_match_fp64(v: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", SIZES)
-def test_grad_matches_fp64(v: int, dtype: torch.dtype) -> None:
+def test_grad_matches_fp64(v: int, dtype: torch.dtype, kernels: Any) -> None:
     for transform in (LogitTransform(), LogitTransform(0.7, 1.3, 5.0)):
         for bias in (None, torch.randn(v)):
             tile, ids = (torch.randn(6, v) * 3).to(dtype), torch.randint(v, (6,))
@@ -84,9 +91,9 @@ def test_grad_matches_fp64(v: int, dtype: torch.dtype) -> None:
                 total = sum((o * g.to(at)).sum() for o, g in zip(outputs, upstream, strict=True) if o is not None)
                 return torch.autograd.grad(total, x)[0]  # type: ignore[arg-type]
 
-            stats = cpu.row_stats(tile, ids, transform, bias, True)
+            stats = kernels.row_stats(tile, ids, transform, bias, True)
             before, out = tile.clone(), torch.full_like(tile, torch.nan)
-            cpu.row_grad(
+            kernels.row_grad(
                 tile,
                 out,
                 ids,
@@ -100,16 +107,16 @@ def test_grad_matches_fp64(v: int, dtype: torch.dtype) -> None:
             plain = plain_grad(torch.float32 if dtype.itemsize == 2 else dtype).to(dtype)
             assert_as_accurate(out, plain, plain_grad(torch.float64), f"gradient V={v} {transform}")
             assert torch.equal(tile, before)
-            cpu.row_grad(tile, tile, ids, transform, bias, stats.row_max, stats.log_sum, stats.mean, *upstream)
+            kernels.row_grad(tile, tile, ids, transform, bias, stats.row_max, stats.log_sum, stats.mean, *upstream)
             assert torch.equal(tile, out), "in place differs from out of place"
 
 
 @pytest.mark.parametrize("softcap", (1.0, 5.0, 30.0))
-def test_padding_never_counts_with_softcap(softcap: float) -> None:
+def test_padding_never_counts_with_softcap(softcap: float, kernels: Any) -> None:
     # A column of padding that is soft-capped after being set to -inf would count as exp(-softcap).
     for v in (1, 3, 129, 507):
         tile = torch.full((2, v), -50.0 * softcap)
-        stats = cpu.row_stats(tile, torch.zeros(2, dtype=torch.int64), LogitTransform(softcap=softcap), None, True)
+        stats = kernels.row_stats(tile, torch.zeros(2, dtype=torch.int64), LogitTransform(softcap=softcap), None, True)
         torch.testing.assert_close(
             stats.logps, torch.full((2,), -1.0) * torch.tensor(float(v)).log(), rtol=1e-6, atol=1e-6
         )
@@ -117,7 +124,7 @@ def test_padding_never_counts_with_softcap(softcap: float) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("where", ("first", "last", "all but one"))
-def test_infinite_blocks(where: str, dtype: torch.dtype) -> None:
+def test_infinite_blocks(where: str, dtype: torch.dtype, kernels: Any) -> None:
     v = 3 * 2048 + 5
     bias = torch.zeros(v, dtype=dtype)
     if where == "first":
@@ -129,73 +136,75 @@ def test_infinite_blocks(where: str, dtype: torch.dtype) -> None:
         bias[2100] = 0
     tile = torch.randn(3, v, dtype=dtype)
     ids = torch.full((3,), 2100)
-    stats = cpu.row_stats(tile, ids, LogitTransform(), bias, True)
+    stats = kernels.row_stats(tile, ids, LogitTransform(), bias, True)
     logps, entropy, lse = truth_stats(tile, ids, LogitTransform(), bias)
     assert stats.entropy is not None
     assert error(stats.logps, logps) < 1e-6 and error(stats.entropy, entropy) < 1e-6
     assert error(stats.row_max + stats.log_sum, lse) < 1e-6
     grad = [torch.randn(3, dtype=dtype) for _ in range(3)]
-    cpu.row_grad(tile, tile, ids, LogitTransform(), bias, stats.row_max, stats.log_sum, stats.mean, *grad)
+    kernels.row_grad(tile, tile, ids, LogitTransform(), bias, stats.row_max, stats.log_sum, stats.mean, *grad)
     assert tile.isfinite().all() and (tile[:, bias == -torch.inf] == 0).all()
 
 
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf))
 @pytest.mark.parametrize("column", (0, 100, 2060))
-def test_a_bad_row_stays_alone(bad: float, column: int) -> None:
+def test_a_bad_row_stays_alone(bad: float, column: int, kernels: Any) -> None:
     clean = torch.randn(4, 2061)
     ids = torch.tensor([3, 7, 2060, 1])
     tile = clean.clone()
     tile[2, column] = bad
-    good, stats = (cpu.row_stats(x, ids, LogitTransform(), None, True) for x in (clean, tile))
+    good, stats = (kernels.row_stats(x, ids, LogitTransform(), None, True) for x in (clean, tile))
     rows = [0, 1, 3]
     for name, a, b in zip(good._fields, good, stats, strict=True):
         assert torch.equal(a[rows], b[rows]), name
     assert stats.logps[2].isnan() and stats.entropy[2].isnan()  # type: ignore[index]
 
 
-def test_all_infinite_row_is_nan_as_in_log_softmax() -> None:
-    stats = cpu.row_stats(
+def test_all_infinite_row_is_nan_as_in_log_softmax(kernels: Any) -> None:
+    stats = kernels.row_stats(
         torch.full((1, 10), -torch.inf), torch.zeros(1, dtype=torch.int64), LogitTransform(), None, True
     )
     assert stats.logps.isnan().all() and torch.full((1, 10), -torch.inf).log_softmax(-1).isnan().all()
 
 
 @pytest.mark.parametrize("offset", (1e2, 1e4, 1e6))
-def test_common_offset_does_not_cancel(offset: float) -> None:
+def test_common_offset_does_not_cancel(offset: float, kernels: Any) -> None:
     base = torch.randint(-40, 40, (4, 600)).float() / 8  # representable beside the offset
     ids = torch.randint(600, (4,))
     shifted = base + offset
     assert torch.equal(shifted - offset, base)
-    a, b = (cpu.row_stats(x, ids, LogitTransform(), None, True) for x in (base, shifted))
+    a, b = (kernels.row_stats(x, ids, LogitTransform(), None, True) for x in (base, shifted))
     torch.testing.assert_close(a.logps, b.logps, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(a.entropy, b.entropy, rtol=1e-6, atol=1e-6)
     grads = []
     for tile, s in ((base, a), (shifted, b)):
         out = torch.empty_like(tile)
-        cpu.row_grad(tile, out, ids, LogitTransform(), None, s.row_max, s.log_sum, None, torch.ones(4), None, None)
+        kernels.row_grad(tile, out, ids, LogitTransform(), None, s.row_max, s.log_sum, None, torch.ones(4), None, None)
         grads.append(out)
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
 
 
-def test_token_of_another_shard() -> None:
+def test_token_of_another_shard(kernels: Any) -> None:
     tile, ids = torch.randn(2, 50), torch.tensor([-1, 3])
-    stats = cpu.row_stats(tile, ids, LogitTransform(), None, False)
+    stats = kernels.row_stats(tile, ids, LogitTransform(), None, False)
     assert stats.logps[0] == -torch.inf and stats.logps[1].isfinite() and stats.entropy is None
     out = torch.empty_like(tile)
-    cpu.row_grad(tile, out, ids, LogitTransform(), None, stats.row_max, stats.log_sum, None, torch.ones(2), None, None)
+    kernels.row_grad(
+        tile, out, ids, LogitTransform(), None, stats.row_max, stats.log_sum, None, torch.ones(2), None, None
+    )
     torch.testing.assert_close(out[0], -tile[0].softmax(-1))
 
 
-def test_moves_and_strides() -> None:
+def test_moves_and_strides(kernels: Any) -> None:
     wide = torch.randn(6, 80)
     tile = wide[:, 7:57]  # row stride 80, 50 columns
     ids, g = torch.randint(50, (6,)), torch.randn(6)
-    stats = cpu.row_stats(tile, ids, LogitTransform(), None, True)
+    stats = kernels.row_stats(tile, ids, LogitTransform(), None, True)
     whole = torch.empty(6, 50)
-    cpu.row_grad(tile, whole, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.mean, g, g, g)
+    kernels.row_grad(tile, whole, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.mean, g, g, g)
     rest = wide.clone()
     source, target = torch.tensor([0, 5, 4]), torch.tensor([0, 1, 2])
-    cpu.row_grad(
+    kernels.row_grad(
         tile, tile, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.mean, g, g, g, source, target
     )
     assert torch.equal(tile[:3], whole[source])
@@ -203,16 +212,16 @@ def test_moves_and_strides() -> None:
     assert torch.equal(wide, rest), "wrote outside its rows"
 
 
-def test_same_bits_for_any_number_of_threads() -> None:
+def test_same_bits_for_any_number_of_threads(kernels: Any) -> None:
     tile, ids, g = torch.randn(7, 3000), torch.randint(3000, (7,)), torch.randn(7)
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            stats = cpu.row_stats(tile, ids, LogitTransform(), None, True)
+            stats = kernels.row_stats(tile, ids, LogitTransform(), None, True)
             out = torch.empty_like(tile)
-            cpu.row_grad(tile, out, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.mean, g, g, g)
+            kernels.row_grad(tile, out, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.mean, g, g, g)
             results.append([*stats, out])
     finally:
         torch.set_num_threads(threads)
@@ -220,18 +229,18 @@ def test_same_bits_for_any_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_wrong_arguments_are_named() -> None:
+def test_wrong_arguments_are_named(kernels: Any) -> None:
     tile, ids = torch.randn(3, 10), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(TypeError, match=r"tile.*int64"):
-        cpu.row_stats(tile.long(), ids, LogitTransform(), None, False)
+        kernels.row_stats(tile.long(), ids, LogitTransform(), None, False)
     with pytest.raises(ValueError, match="tile"):
-        cpu.row_stats(tile.t(), ids, LogitTransform(), None, False)
+        kernels.row_stats(tile.t(), ids, LogitTransform(), None, False)
     with pytest.raises(ValueError, match="ids"):
-        cpu.row_stats(tile, ids[:2], LogitTransform(), None, False)
+        kernels.row_stats(tile, ids[:2], LogitTransform(), None, False)
     with pytest.raises(TypeError, match="ids"):
-        cpu.row_stats(tile, ids.float(), LogitTransform(), None, False)
+        kernels.row_stats(tile, ids.float(), LogitTransform(), None, False)
     with pytest.raises(ValueError, match="out"):
-        cpu.row_grad(tile, tile.double(), ids, LogitTransform(), None, ids, ids, None, None, None, None)
+        kernels.row_grad(tile, tile.double(), ids, LogitTransform(), None, ids, ids, None, None, None, None)
     with pytest.raises(ValueError, match="instruction set"):
         _C.use_instruction_set("mmx")
 
