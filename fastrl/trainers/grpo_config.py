@@ -4,7 +4,7 @@ Every argument of TRL's exists here, under its name and with its default. What t
 when it is set to something else than its default: never accepted and ignored.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
@@ -65,7 +65,7 @@ class GRPOConfig(TrainingArguments):
       - `pad_to_multiple_of` must be "auto" or None: nothing is padded;
       - `router_aux_loss_coef` must be None or 0.0: the auxiliary loss of a mixture of experts is not added;
       - fastrl's own arguments: `kl_estimator`, `advantage_baseline`, `skip_dead_sequences`, `share_prompts`,
-        `tokens_per_pass`, `loss_backend`.
+        `tokens_per_pass`, `loss_backend`, `grad_tolerance`.
 
     Raises:
         ValueError: an argument out of its range, a combination that cannot work, or an argument of TRL's that this
@@ -214,7 +214,13 @@ class GRPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Most tokens of one forward and backward; memory grows with it. None: chosen by device."},
     )
-    loss_backend: str | None = field(default=None, metadata={"help": "'reference', 'cpu' or 'triton'; None: chosen."})
+    loss_backend: str | None = field(
+        default=None, metadata={"help": "'reference', 'cpu', 'triton', 'cuda'; None: chosen."}
+    )
+    grad_tolerance: float = field(
+        default=0.0,
+        metadata={"help": "Share of the loss's gradient that may be left out, the smallest rows first. 0: exact."},
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -234,20 +240,8 @@ class GRPOConfig(TrainingArguments):
 
     def objective(self) -> PolicyObjective:
         """The objective that these arguments describe; the adaptive coefficient is the trainer's to put in."""
-        return PolicyObjective(
-            loss_type=self.loss_type,
-            epsilon=self.epsilon,
-            epsilon_high=self.epsilon_high,
-            delta=self.delta,
-            beta=self.beta,
-            kl_estimator=self.kl_estimator,
-            use_bias_correction_kl=self.use_bias_correction_kl,
-            importance_sampling_level=self.importance_sampling_level,
-            entropy_coef=self.entropy_coef,
-            top_entropy_quantile=self.top_entropy_quantile,
-            off_policy_mask_threshold=self.off_policy_mask_threshold,
-            max_completion_length=self.max_completion_length,
-        )
+        names = [item.name for item in fields(PolicyObjective) if item.init]
+        return PolicyObjective(**{name: getattr(self, name) for name in names})
 
     def sampling_params(self) -> SamplingParams:
         """What the rollout engine is asked for."""
@@ -297,6 +291,7 @@ class GRPOConfig(TrainingArguments):
         require("num_generations", self.num_generations >= 2, "at least 2 completions per prompt")
         require("num_iterations", self.num_iterations >= 1, "at least 1")
         require("tokens_per_pass", self.tokens_per_pass is None or self.tokens_per_pass >= 1, "None or at least 1")
+        require("grad_tolerance", 0 <= self.grad_tolerance < 1, "a number in [0, 1)")
         steps = self.steps_per_generation
         require("steps_per_generation", steps is None or steps >= 1, "None or at least 1")
         require("max_completion_length", self.max_completion_length >= 1, "at least 1 token")

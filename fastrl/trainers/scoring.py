@@ -76,6 +76,7 @@ def policy_loss(
     temperature: float,
     score_dead: bool,
     backend: str | None = None,
+    grad_tolerance: float = 0.0,
 ) -> LossOutput:
     """The policy loss of a pass, computed inside the model's forward: the sum over its tokens of the eager loss,
     divided by the normalizer."""
@@ -100,6 +101,7 @@ def policy_loss(
             softcap=head.softcap,
             score_dead=score_dead,
             backend=backend,
+            grad_tolerance=grad_tolerance,
         )
 
     out: LossOutput = model(**part.layout.inputs, fastrl_head=loss)

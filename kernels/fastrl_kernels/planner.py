@@ -37,8 +37,8 @@ class Limits:
 
 
 # CPU, measured on Zen 4 with MKL: 256 rows x 49152 (48 MiB, 1.5 times the last-level cache) beat 128 and 512; GEMMs
-# over weight blocks of 1,024 rows beat one call by a tenth to a quarter for D from 576 to 4096, and widen half-precision
-# weights a block at a time. GPU: assumed, not yet measured.
+# over weight blocks of 1,024 rows beat one call by a tenth to a quarter for D from 576 to 4096, and widen a
+# half-precision weight one block at a time. GPU: assumed, not yet measured.
 LIMITS = {
     "cpu": Limits(48 * MIB, 128, 1024, 2048, 1),
     "cuda": Limits(512 * MIB, 128, 0, 0, 2),

@@ -92,6 +92,7 @@ def test_an_unknown_argument_is_a_type_error(tmp_path: Path) -> None:
         ({"generation_batch_size": 16, "steps_per_generation": 4}, "cannot both be set"),
         ({"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 3}, "per_device_eval_batch_size"),
         ({"num_iterations": 0}, "num_iterations"),
+        ({"grad_tolerance": 1.0}, r"grad_tolerance: expected a number in \[0, 1\), got 1.0"),
         ({"max_completion_length": 0}, "max_completion_length: expected at least 1"),
         ({"temperature": 0.0}, "temperature: expected a number above 0"),
         ({"top_p": 0.0}, "top_p"),

@@ -272,3 +272,17 @@ def test_second_iteration_uses_the_ratio_to_the_policy_that_sampled(make_trainer
     (torch.where(rollouts.completion_mask, per_token, 0.0).sum() / rollouts.completion_mask.sum()).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(recorder.grads[1][name].double(), parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_gradient_tolerance_reaches_the_loss_and_is_logged(make_trainer: Make) -> None:
+    exact, exact_gradients = scripted(make_trainer)
+    exact.train()
+    trainer, gradients = scripted(make_trainer, grad_tolerance=0.3, logging_steps=1)
+    trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "grad_skipped/rows" in entry)
+    assert 0 < log["grad_skipped/rows"] < 1 and 0 < log["grad_skipped/norm"] <= 0.3
+    assert not any("grad_skipped/rows" in entry for entry in exact.state.log_history)
+    (one,), (other,) = exact_gradients.grads, gradients.grads
+    distance = sum(float((one[name] - other[name]).square().sum()) for name in one) ** 0.5
+    size = sum(float(one[name].square().sum()) for name in one) ** 0.5
+    assert 0 < distance < 0.6 * size
