@@ -1,37 +1,37 @@
 """Every kernel in every configuration, compiled ahead of time into real cubins for sm_80, sm_90 and sm_100 (no GPU).
 
-What is compiled is what the launchers launch: a recorder stands in for the kernel, the launcher is called on CPU
-tensors, and the recorded arguments give the signature, the specialisations and the options.
+The fused forward has a file of its own.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
-import subprocess
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compiling import (
+    CHIPS,
+    Recorder,
+    assert_fits,
+    assert_wide_addresses,
+    compile_recorded,
+    record,
+    vector_bytes,
+)
 
 from fastrl_kernels.head import LogitTransform, accumulation_dtype
 from fastrl_kernels.triton import group_advantages, row_grad, row_stats
-from fastrl_kernels.triton.launch import ROW_DTYPES, RowConfig, row_config, row_configs
+from fastrl_kernels.triton.candidates import row_bytes
+from fastrl_kernels.triton.launch import (
+    ROW_DTYPES,
+    RowConfig,
+    row_candidates,
+    row_config,
+    row_configs,
+    row_grad_candidates,
+)
 
-SHARED_MEMORY = {80: 163840, 90: 232448, 100: 232448}  # bytes per block
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-}
 PLAIN, SOFTCAP = LogitTransform(), LogitTransform(temperature=0.7, logit_scale=1.3, softcap=30.0)
 # One vocabulary per configuration, divisible by 16 like those of real models (Llama 3: 128256): loads vectorize.
 VOCABULARIES = {"short": 512, "medium": 2048, "long": 128256}
@@ -46,103 +46,9 @@ PAIRS = [
 ]
 
 
-@dataclass
-class Recorder:
-    """Stands in for a kernel: keeps the arguments of the launch instead of launching."""
-
-    kernel: Any
-    grid: tuple[int, ...] = ()
-    arguments: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            self.grid = grid
-            self.options = {k: kwargs.pop(k) for k in ("num_warps", "enable_fp_fusion")}
-            self.arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-            assert list(self.arguments) == list(self.kernel.arg_names)
-
-        return launch
-
-
-@dataclass
-class Compiled:
-    """A kernel's intermediate forms, and what the assembler says it needs."""
-
-    ttir: str
-    ptx: str
-    registers: int
-    stack: int
-    local: int
-    shared: int
-
-
-def record(monkeypatch: pytest.MonkeyPatch, op: str, *args: Any) -> Recorder:
-    module = importlib.import_module(f"fastrl_kernels.triton.{op}")
-    name = next(n for n in vars(module) if n.endswith("_kernel"))
-    recorder = Recorder(vars(module)[name])
-    assert isinstance(recorder.kernel, triton.runtime.jit.JITFunction), "run these tests without TRITON_INTERPRET"
-    monkeypatch.setattr(module, name, recorder)
-    {"row_stats": row_stats, "row_grad": row_grad, "group_advantages": group_advantages}[op](*args)
-    monkeypatch.undo()
-    assert recorder.arguments, "the launcher launched nothing"
-    return recorder
-
-
-def compile_recorded(recorder: Recorder, arch: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Compiled:
-    """Compiles what was recorded, specialised as a launch would: None and 1 constant, multiples of 16 marked."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(recorder.kernel.params):
-        value = recorder.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]  # CUDA allocations are aligned to 256 bytes and more
-        elif isinstance(value, float):
-            assert parameter.annotation_type == "fp64", f"{parameter.name} would be rounded to fp32"
-            signature[parameter.name] = "fp64"
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(recorder.kernel, signature, constexprs=constants, attrs=attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=recorder.options)
-    assert list((folder / "cache").rglob("*.cubin")), "nothing was compiled into the fresh cache"
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
-    return Compiled(
-        kernel.asm["ttir"],
-        kernel.asm["ptx"],
-        int(found["REG"]),
-        int(found["STACK"]),
-        int(found["LOCAL"]),
-        int(found["SHARED"]) + kernel.metadata.shared,
-    )
-
-
-def assert_fits(compiled: Compiled, arch: int) -> None:
-    assert compiled.stack == 0 and compiled.local == 0, f"spills: {compiled.stack=} {compiled.local=}"
-    assert not re.search(r"\.local\b", compiled.ptx)
-    assert compiled.registers <= 255
-    assert compiled.shared <= SHARED_MEMORY[arch]
-
-
-def assert_wide_addresses(compiled: Compiled, *pointers: str) -> None:
-    """Row offsets are multiplied and added in 64 bits: rows x V passes 2^31 at 16k tokens of a 128k vocabulary."""
-    assert re.search(r"arith\.muli .* : i64", compiled.ttir)
-    for pointer in pointers:
-        steps = re.findall(rf"tt\.addptr %{pointer}, .*", compiled.ttir)
-        assert steps, pointer
-        assert all(re.search(r": !tt\.ptr<\w+>, i64", step) for step in steps), steps
-
-
 def config_of(recorder: Recorder) -> RowConfig:
-    return RowConfig(recorder.arguments["BLOCK_SIZE"], recorder.options["num_warps"])
+    stages = recorder.arguments.get("BLOCKS_IN_FLIGHT", 1)
+    return RowConfig(recorder.arguments["BLOCK_SIZE"], recorder.options["num_warps"], stages)
 
 
 def sixteen_bytes(dtype: torch.dtype, config: RowConfig) -> str | None:
@@ -159,9 +65,11 @@ def record_stats(
     transform: LogitTransform,
     bias: bool,
     entropy: bool,
+    config: RowConfig | None = None,
 ) -> Recorder:
     tile, ids = torch.empty(2, vocabulary, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-    return record(monkeypatch, "row_stats", tile, ids, transform, torch.zeros(vocabulary) if bias else None, entropy)
+    bias_ = torch.zeros(vocabulary) if bias else None
+    return record(monkeypatch, "row_stats", tile, ids, transform, bias_, entropy, config)
 
 
 def record_grad(
@@ -172,6 +80,7 @@ def record_grad(
     bias: bool,
     given: tuple[bool, bool, bool],  # gradients of logps, entropy, lse
     moves: bool,
+    config: RowConfig | None = None,
 ) -> Recorder:
     tile, out = (torch.empty(2, vocabulary, dtype=dtype) for dtype in dtypes)
     row = torch.zeros(2, dtype=accumulation_dtype(dtypes[0]))
@@ -179,7 +88,7 @@ def record_grad(
     gradients = [row if g else None for g in given]
     return record(
         monkeypatch, "row_grad", tile, out, rows, transform, torch.zeros(vocabulary) if bias else None,
-        row, row, row if given[1] else None, *gradients, *([rows, rows] if moves else [None, None]),
+        row, row, row if given[1] else None, *gradients, *([rows, rows] if moves else [None, None]), config,
     )  # fmt: skip
 
 
@@ -187,8 +96,12 @@ def check_stats(recorder: Recorder, arch: int, folder: Path, monkeypatch: pytest
     compiled = compile_recorded(recorder, arch, folder, monkeypatch)
     assert_fits(compiled, arch)
     assert_wide_addresses(compiled, "tile_ptr")
-    wide = sixteen_bytes(recorder.arguments["tile_ptr"].dtype, config_of(recorder))
-    assert wide is None or f"ld.global.{wide}" in compiled.ptx
+    config = config_of(recorder)
+    wide = sixteen_bytes(recorder.arguments["tile_ptr"].dtype, config)
+    if config.num_stages > 1:
+        assert re.search(r"cp\.async\.cg\.shared\.global [^;]*, 0x10,", compiled.ptx), "copies of 16 bytes"
+    else:
+        assert wide is None or f"ld.global.{wide}" in compiled.ptx
 
 
 def check_grad(recorder: Recorder, arch: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,13 +117,83 @@ def check_grad(recorder: Recorder, arch: int, folder: Path, monkeypatch: pytest.
         assert "cvt.rn.bf16" in compiled.ptx, "bf16 gradients must be rounded, not cut off"
 
 
+def table_choices(dtype: torch.dtype) -> set[RowConfig]:
+    return {row_config(v, dtype) for v in VOCABULARIES.values()}
+
+
 @pytest.mark.parametrize("dtype", ROW_DTYPES, ids=str)
 def test_every_configuration_is_compiled_here(dtype: torch.dtype) -> None:
-    assert {row_config(v, dtype) for v in VOCABULARIES.values()} == set(row_configs(dtype))
-    assert {row_config(v, dtype) for v in range(1, 10_000)} == set(row_configs(dtype))
+    assert {row_config(v, dtype) for v in range(1, 10_000)} == table_choices(dtype)
+    assert table_choices(dtype) <= set(row_configs(dtype))
+    for vocabulary in VOCABULARIES.values():
+        for possible in (row_candidates, row_grad_candidates):
+            assert set(possible(vocabulary, dtype)) <= set(row_configs(dtype))
+            assert row_config(vocabulary, dtype) in possible(vocabulary, dtype)
 
 
-@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("arch", CHIPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_configurations_that_a_measurement_may_choose(
+    arch: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = VOCABULARIES["long"]
+    for index, config in enumerate(set(row_configs(dtype)) - table_choices(dtype)):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        recorder = record_stats(monkeypatch, long, dtype, SOFTCAP, True, True, config)
+        assert config_of(recorder) == config
+        check_stats(recorder, arch, folder, monkeypatch)
+    for index, config in enumerate(set(row_grad_candidates(long, dtype)) - table_choices(dtype)):
+        folder = tmp_path / f"grad{index}"
+        folder.mkdir()
+        all_given = (True, True, True)
+        recorder = record_grad(monkeypatch, long, (dtype, dtype), SOFTCAP, True, all_given, True, config)
+        check_grad(recorder, arch, folder, monkeypatch)
+
+
+# Per logit, by reading the source: multiplications, subtractions, exponentials. (Additions and comparisons also make up
+# the reductions over lanes, whose number depends on the layout.)
+ROW_FLOPS = {
+    "row_stats": (3, 1, 1),  # * scale, - shift, * log2(e), exp, sum * alpha
+    "row_stats entropy": (6, 1, 1),  # and sum * moved, dot * alpha, exp * d
+    "row_grad": (4, 2, 1),  # * scale, - max, - log_sum, * log2(e), exp, * factor, * slope
+    "row_grad entropy": (5, 4, 1),  # and - mean, * grad_entropy, factor -
+}
+
+
+def test_static_bytes_and_flops_of_the_row_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = []
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for op, dtype, entropy in [(o, d, e) for o in ("row_stats", "row_grad") for d in (fp32, bf16) for e in (0, 1)]:
+        folder = tmp_path / str(len(lines))
+        folder.mkdir()
+        if op == "row_stats":
+            recorder = record_stats(monkeypatch, VOCABULARIES["long"], dtype, PLAIN, False, bool(entropy))
+        else:
+            given = (True, bool(entropy), False)
+            recorder = record_grad(monkeypatch, VOCABULARIES["long"], (dtype, dtype), PLAIN, False, given, False)
+        ptx = compile_recorded(recorder, 90, folder, monkeypatch).ptx
+        block, warps, _ = config_of(recorder)
+        per_thread = block // (32 * warps)
+        name = f"{op}{' entropy' * entropy}"
+        moved = (vector_bytes(ptx, "ld") + vector_bytes(ptx, "st")) * 32 * warps
+        counts = tuple(
+            len(re.findall(rf"^\s*{op_}(?:\.\w+)*\.f32\b", ptx, re.MULTILINE)) // per_thread
+            for op_ in ("mul", "sub", "ex2")
+        )
+        lines.append(
+            f"{name:18} {dtype!s:15} block {block}: {moved / block:g} bytes a logit (formula "
+            f"{row_bytes(op, 1, 1, dtype)}), {counts} multiplications, subtractions, exponentials ({ROW_FLOPS[name]})"
+        )
+        assert moved == row_bytes(op, 1, block, dtype), lines[-1]
+        assert counts == ROW_FLOPS[name], lines[-1]
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+
+
+@pytest.mark.parametrize("arch", CHIPS)
 @pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_row_stats(
@@ -222,7 +205,7 @@ def test_row_stats(
         check_stats(record_stats(monkeypatch, vocabulary, dtype, PLAIN, False, False), arch, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("arch", CHIPS)
 @pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES)
 @pytest.mark.parametrize("dtypes", PAIRS, ids=lambda pair: f"{pair[0]}-{pair[1]}")
 def test_row_grad(
@@ -239,7 +222,7 @@ def test_row_grad(
         check_grad(plain, arch, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("arch", CHIPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("scale", ["group", "batch"])
 def test_group_advantages(
@@ -314,7 +297,7 @@ def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("arch", CHIPS)
 @pytest.mark.parametrize("vocabulary", [*VOCABULARIES.values(), 50257], ids=[*VOCABULARIES, "unaligned"])
 @pytest.mark.parametrize("transform", [PLAIN, SOFTCAP], ids=["plain", "softcap"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
