@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +72,6 @@ def peak_growth(run: Callable[[], object], device: torch.device) -> int | None:
     Of the process (its resident set) on the CPU, of the allocator on a GPU. What `run` returns is alive at the end and
     counts. None where the system does not tell.
     """
-    gc.collect()
     if device.type == "cpu" and _TRIM is not None:
         _TRIM(0)  # what earlier calls freed would hide what this one takes
     meter = MemoryMeter(device)

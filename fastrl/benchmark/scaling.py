@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ class Growth:
         fits = [c for c in contenders if c.ours or LOGITS_HELD * n * self.vocabulary * 4 < 0.7 * free]
         rows = []
         for job in (JOBS["score"], JOBS["train"]):
-            workload = head_workload(problem, job, [c for c in fits if not c.two_pass], shape=self.shape)
+            workload = head_workload(problem, job, fits, shape=self.shape)
             kept: list[tuple[Entry, dict[str, Any]]] = []
             eager: dict[str, float] | None = None
             sample = _Sample(problem, job)
@@ -94,7 +93,6 @@ class Growth:
                 timing = timings[entry.name]
                 row.update(timing, extra_bytes=extra_bytes(timing["peak_bytes"], workload),
                            to_floor=timing["median_s"] / floor)  # fmt: skip
-            gc.collect()
         return rows
 
 

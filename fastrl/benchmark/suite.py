@@ -271,7 +271,7 @@ class Suite:
             shape.title, shape.hidden, shape.vocabulary, o.kind, o.device, o.t,
             smallest=128 if small else 1024, largest=1024 if small else None,
         )  # fmt: skip
-        contenders = self._contenders(_few(o.peers))
+        contenders = [fastrl_contenders(o.backend)[0], *peers(_few(o.peers), o.device)]
         for rows in growth.run([c for c in contenders if not c.absent], effort, self.progress):
             self.results.growth += rows
             self.results.lines = straight_lines(self.results.growth)

@@ -154,6 +154,8 @@ def interleaved(
     for round_ in range(effort.most):
         began = time.monotonic()
         last = round_ + 1 == effort.most or (round_ + 1 >= effort.fewest and began + 2 * took > deadline)
+        if last:
+            gc.collect()  # garbage of earlier calls, freed while one runs, would hide what it takes
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
             slow = round_ > 0 and times[name][0] > SLOW * times[slow_beside][0]
             if slow and round_ > 1 and name in peaks:

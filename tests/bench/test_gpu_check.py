@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,22 +46,32 @@ def test_the_whole_path_on_the_cpu(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["ok"]
     stages = {stage["stage"]: stage for stage in results["stages"]}
-    assert list(stages) == ["environment", "correctness", "memory", "sanitizer", "benchmark"]
+    names = ["environment", "correctness", "peers", "compiled", "memory", "schedules", "kernels", "growth", "sanitizer"]
+    assert list(stages) == names
     assert all(stage["finished"] for stage in stages.values())
-    assert len(stages["correctness"]["checks"]) > 150
+    checks = [check["name"] for check in stages["correctness"]["checks"]]
+    assert len(checks) > 200 and any("capturable" in name for name in checks) and any("gae" in name for name in checks)
     assert {item["name"] for item in stages["memory"]["not_run"]} >= {"addresses past 2^31 elements"}
-    timed = {row["contender"]: row for row in stages["benchmark"]["rows"] if row["workload"] == "all live, tiny"}
-    assert {"three bare GEMMs", "fastrl", "eager PyTorch"} <= set(timed)
-    assert timed["three bare GEMMs"]["times_floor"] == 1.0
-    assert all(row["median_ms"] > 0 for row in timed.values())
-    absent = {item["name"]: item["reason"] for item in stages["benchmark"]["not_run"]}
+    rows = stages["peers"]["rows"]
+    timed = {row["contender"]: row for row in rows if row["workload"] == "forward + backward"}
+    assert {"three bare GEMMs", "fastrl (cpu)", "eager PyTorch"} <= set(timed)
+    assert timed["three bare GEMMs"]["to_floor"] == 1.0
+    assert all(row["median_s"] > 0 for row in timed.values())
+    dead = next(r for r in rows if r["op"] == "live" and r["contender"] == "fastrl (cpu)")
+    assert dead["cost"] == 3 / 8 * timed["fastrl (cpu)"]["cost"]  # 5 of the 8 sequences are dead
+    absent = {item["name"]: item["reason"] for item in stages["compiled"]["not_run"]}
     assert "cut-cross-entropy" in absent and all(absent.values())
-    dead = next(
-        r for r in stages["benchmark"]["rows"] if r["workload"] == "63% dead, tiny" and r["contender"] == "fastrl"
-    )
-    assert dead["flops"] == 3 / 8 * timed["fastrl"]["flops"]  # 5 of the 8 sequences are dead
+    schedules = {row["contender"] for row in stages["schedules"]["rows"]}
+    assert {"one lane", "two lanes", "capturable, not captured", "fp32 tile"} <= schedules
+    assert "fastrl plan" in stages["schedules"]["facts"]["plan at tiny"]
+    kernels = {row["workload"] for row in stages["kernels"]["rows"]}
+    assert kernels >= {"row pass 1: statistics", "row pass 2: gradient", "group advantages", "generalised advantages"}
+    assert {row["N"] for row in stages["growth"]["growth"]} == {16, 32, 64}
+    targets = [target["name"] for stage in stages.values() for target in stage["targets"]]
+    assert "useful rate at live share 1, of the bare GEMM rate" in targets
+    assert any(name.startswith("live share 0.38: ahead of eager PyTorch") for name in targets)
     report = (tmp_path / "report.md").read_text()
-    assert "| fastrl |" in report and "All checks passed" in report
+    assert "**fastrl (cpu)**" in report and "All checks passed" in report and "## What is asked for" in report
     try:
         import matplotlib  # noqa: F401
 
@@ -118,36 +129,54 @@ def test_an_exception_is_a_failed_check_and_the_next_case_runs(tmp_path: Path, g
     assert "ZeroDivisionError" in record.checks[0]["exception"]
 
 
-def test_a_wrong_contender_gets_no_speed(tmp_path: Path, gpucheck: Callable) -> None:
-    from gpucheck import benchmark, problems
-    from gpucheck.contenders import Contender, eager
+def test_a_wrong_result_of_ours_fails_the_benchmark(
+    tmp_path: Path, gpucheck: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpucheck import speed
 
-    def wrong(hidden: Tensor, weight: Tensor, problem: problems.Problem) -> Tensor:
-        return problems.eager_logps(hidden, 1.2 * weight, problem.ids)
+    import fastrl
+    from fastrl.benchmark import head, problems
 
-    def broken(hidden: Tensor, weight: Tensor, problem: problems.Problem) -> Tensor:
-        raise RuntimeError("no such thing")
-
-    record = gpucheck(tmp_path, "benchmark")
+    right = fastrl.linear_logprobs
+    # 0.1 % off: far below what counts as wrong for a peer in bf16, far above what rounding explains.
+    monkeypatch.setattr(
+        fastrl, "linear_logprobs", lambda *a, **k: (s := right(*a, **k))._replace(logps=1.001 * s.logps)
+    )
+    record = gpucheck(tmp_path, "peers")
     problem = problems.make_problem(2, 5, 8, 100, torch.float32, torch.device("cpu"))
-    peers = [Contender("wrong", wrong), Contender("broken", broken), eager(record.settings)]
-    for scoring in (False, True):
-        record.rows.clear()
-        benchmark._workload(record, "small", problem, peers, scoring, 5.0)
-        rows = {row["contender"]: row for row in record.rows}
-        assert "median_ms" in rows["eager PyTorch"]
-        assert "median_ms" not in rows["wrong"] and "wrong result" in rows["wrong"]["refused"]
-        assert "median_ms" not in rows["broken"] and "no such thing" in rows["broken"]["refused"]
-
-
-def test_a_wrong_result_of_ours_fails_the_benchmark(tmp_path: Path, gpucheck: Callable) -> None:
-    from gpucheck import benchmark, problems
-    from gpucheck.contenders import Contender, eager
-
-    record = gpucheck(tmp_path, "benchmark")
-    problem = problems.make_problem(2, 5, 8, 100, torch.float32, torch.device("cpu"))
-    # 0.1 % off: far below what counts as wrong for a peer, far above what rounding explains.
-    ours = Contender("fastrl", lambda h, w, p: 1.001 * problems.eager_logps(h, w, p.ids))
-    benchmark._workload(record, "small", problem, [ours, eager(record.settings)], True, 5.0)
+    contenders = [head.variant("fastrl", backend="reference"), head.eager_contender()]
+    workload = head.head_workload(problem, head.JOBS["score"], contenders, shape="small")
+    speed._run(record, workload, 1)
     assert [check["ok"] for check in record.checks] == [False]
-    assert "median_ms" not in next(row for row in record.rows if row["contender"] == "fastrl")
+    assert "median_s" not in next(row for row in record.rows if row["contender"] == "fastrl")
+
+
+def test_targets_are_told_and_fail_nothing(tmp_path: Path, gpucheck: Callable) -> None:
+    record = gpucheck(tmp_path, "peers")
+    record.target("twice as fast", False, times_faster=1.5)
+    from gpucheck import report
+
+    stages = [{**json.loads((tmp_path / "stage_peers.json").read_text()), "finished": True}]
+    assert report.failures(stages) == []
+    report.write(tmp_path, stages, 1.0)
+    assert "MISSED: twice as fast: times_faster 1.5" in (tmp_path / "report.md").read_text()
+
+
+def test_what_a_stage_leaves_over_goes_to_the_next(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import gpu_check
+
+    assert sum(gpu_check.STAGES.values()) < 570  # and the report: under ten minutes
+    given: dict[str, float] = {}
+
+    def run(command: list[str], timeout: float, **_: object) -> subprocess.CompletedProcess[str]:
+        given[command[command.index("--stage") + 1]] = timeout
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    options = Namespace(
+        device="cpu", out=tmp_path, tiny=True, backend=None, started=time.time(), only=["memory", "growth"]
+    )
+    for stage in options.only:
+        gpu_check.start_stage(options, stage)
+    assert given["growth"] >= gpu_check.STAGES["memory"] + gpu_check.STAGES["growth"] - 2
