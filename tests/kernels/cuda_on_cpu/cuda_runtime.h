@@ -198,7 +198,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
   const unsigned cluster = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
-  const bool fits = config->dynamicSmemBytes <= cuda_on_cpu::kSharedBytes && cluster <= 8 &&
+  const bool fits = !getenv("CUDA_ON_CPU_REFUSES") && config->dynamicSmemBytes <= cuda_on_cpu::kSharedBytes && cluster <= 8 &&
                     (cluster == 1 || cuda_on_cpu::compute_capability() >= 9);
   if (!fits || config->gridDim.x == 0 || config->gridDim.x % cluster || config->blockDim.x % 32) return cudaErrorInvalidValue;
   for (unsigned first = 0; first < config->gridDim.x; first += cluster)
