@@ -1,6 +1,7 @@
-"""Every uninitialised tensor of these tests is NaN, so that an element a kernel forgot shows."""
+"""Every uninitialised tensor of these tests is NaN, so that an element a kernel forgot shows; no measured choices."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,3 +15,9 @@ def nan_filled_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def no_measured_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRL_CACHE", str(tmp_path / "fastrl"))
+    monkeypatch.delenv("FASTRL_AUTOTUNE", raising=False)

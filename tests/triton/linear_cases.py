@@ -10,7 +10,7 @@ from torch import Tensor
 from fastrl_kernels import reference
 from fastrl_kernels.head import LogitTransform, RowStats
 from fastrl_kernels.shards import merge_stats, stack_stats
-from fastrl_kernels.triton import linear_row_stats
+from fastrl_kernels.triton import candidates, linear_row_stats
 from fastrl_kernels.triton.candidates import OPS, time_candidates
 from fastrl_kernels.triton.launch import Chip, LinearConfig
 
@@ -66,47 +66,47 @@ def check(
     return stats
 
 
-# 1, 2: smallest; 127 to 129: around a warp's width; 507: unaligned, many blocks. Rows: one tile, one more, three.
-@pytest.mark.parametrize("vocabulary", [1, 2, 127, 128, 129, 507])
-@pytest.mark.parametrize("n", [1, 17, 40])
+# Columns: the fewest; around a warp's width; many blocks, the last ragged. Rows: one to three tiles.
+@pytest.mark.parametrize(
+    ("n", "vocabulary"), [(1, 1), (17, 1), (1, 2), (40, 127), (17, 128), (1, 129), (40, 129), (17, 300), (1, 507)]
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shapes(name: str, n: int, vocabulary: int) -> None:
     check(*random_head(n, vocabulary), config=CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("softcap", [1.0, 5.0, 30.0])
+@pytest.mark.parametrize("softcap", [1.0, 30.0])
 def test_softcap_and_bias(name: str, softcap: float) -> None:
     # A padded column masked before the cap would come back as -softcap, a probable token.
-    x, weight, ids = random_head(20, 129)
+    x, weight, ids = random_head(5, 129)
     bias = torch.randn(129, generator=torch.Generator().manual_seed(3)).bfloat16()
     transform = LogitTransform(temperature=0.7, logit_scale=1.3, softcap=softcap)
-    check(x, weight, ids, transform, bias.float(), CONFIGS[name])
-    linear_row_stats(x, weight, ids, transform, bias, True, CONFIGS[name])
+    check(x, weight, ids, transform, bias, CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("transform", [LogitTransform(0.5), LogitTransform(1.5, -2.0)], ids=["temperature", "negative"])
 def test_scales(name: str, transform: LogitTransform) -> None:
     # A negative scale turns a padded -inf into +inf, unless the padding is set on the logit.
-    check(*random_head(20, 129), transform, config=CONFIGS[name])
+    check(*random_head(5, 129), transform, config=CONFIGS[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    check(*random_head(20, 300, dtype=dtype), config=CONFIGS[name])
+    check(*random_head(5, 129, dtype=dtype), config=CONFIGS[name])
 
 
 @pytest.mark.parametrize("depth", [1, 3, 16, 40])
 def test_depths(depth: int) -> None:
     for config in (POINTERS, None) if depth % 4 else (POINTERS, TMA, None):
-        check(*random_head(20, 129, depth), config=config)
+        check(*random_head(5, 65, depth), config=config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_all_logits_negative(name: str) -> None:
-    x, weight, ids = random_head(20, 129)
+    x, weight, ids = random_head(5, 129)
     stats = check(x, weight, ids, bias=torch.full((129,), -123.0), config=CONFIGS[name])
     assert (stats.row_max < 0).all()
 
@@ -115,7 +115,7 @@ def test_all_logits_negative(name: str) -> None:
 @pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
 def test_common_offset(name: str, offset: float) -> None:
     # Exactly representable logits: with their offset they must give the same bits as without.
-    x, weight, ids = random_head(20, 129)
+    x, weight, ids = random_head(5, 129)
     x, weight = (x * 4).round() / 4, (weight * 2).round() / 2
     plain = linear_row_stats(x, weight, ids, PLAIN, torch.zeros(129), True, CONFIGS[name])
     shifted = linear_row_stats(x, weight, ids, PLAIN, torch.full((129,), offset), True, CONFIGS[name])
@@ -129,10 +129,10 @@ def test_common_offset(name: str, offset: float) -> None:
 @pytest.mark.parametrize("only", [False, True], ids=["one-block-masked", "every-other-block-masked"])
 def test_minus_infinity_in_blocks(name: str, block: int, only: bool) -> None:
     # Blocks of 64 columns: a piece, a block, a split or all splits but one without any mass.
-    x, weight, _ = random_head(20, 192)
+    x, weight, _ = random_head(5, 192)
     inside = torch.arange(192) // 64 == block
     kept = inside if only else ~inside
-    ids = kept.nonzero().squeeze(-1)[torch.randint(0, int(kept.sum()), (20,))]
+    ids = kept.nonzero().squeeze(-1)[torch.randint(0, int(kept.sum()), (5,))]
     bias = torch.where(kept, torch.randn(192), -torch.inf)
     stats = linear_row_stats(x, weight, ids, PLAIN, bias, True, CONFIGS[name])
     exact = truth(x, weight[kept], kept.cumsum(0)[ids] - 1, PLAIN, bias[kept])
@@ -159,18 +159,18 @@ def test_a_bad_row_stays_alone(name: str, poison: float) -> None:
 @pytest.mark.parametrize(("value", "log_sum"), [(-math.inf, -math.inf), (math.nan, math.nan)])
 def test_a_bad_vocabulary(name: str, value: float, log_sum: float) -> None:
     # All -inf is a shard without mass, which other shards can add to; a NaN weight is everybody's.
-    x, weight, ids = random_head(20, 129)
+    x, weight, ids = random_head(5, 129)
     bias = torch.full((129,), value)
     if math.isnan(value):
         bias[5:] = 0.0
     stats = linear_row_stats(x, weight, ids, PLAIN, bias, True, CONFIGS[name])
     assert stats.logps.isnan().all() and stats.mean.isnan().all()
-    torch.testing.assert_close(stats.log_sum, torch.full((20,), log_sum), equal_nan=True)
+    torch.testing.assert_close(stats.log_sum, torch.full((5,), log_sum), equal_nan=True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_vocabulary_shards(name: str) -> None:
-    x, weight, ids = random_head(20, 300)
+    x, weight, ids = random_head(5, 300)
     ids[:4] = torch.tensor([0, 99, 100, 299])  # the shards' edges
     pieces = []
     for start, end in ((0, 100), (100, 107), (107, 300)):
@@ -191,15 +191,14 @@ def test_ids_out_of_range_are_loud(name: str) -> None:
     assert logps.isnan().tolist() == [False, True, True, True, False]
 
 
-@pytest.mark.parametrize("processors", [1, 3, 132])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "processors"), [("pointers", 132), ("tma", 3), ("tma", 132), ("halves", 1)])
 def test_any_number_of_splits(name: str, processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("fastrl_kernels.triton.linear_stats")
     monkeypatch.setattr(module, "chip", lambda device: Chip(processors, 9, 232448))
     seen = []
     schedule = module.linear_schedule
     monkeypatch.setattr(module, "linear_schedule", lambda *a: seen.append(schedule(*a)) or seen[-1])
-    check(*random_head(40, 1100), EVERYTHING, config=CONFIGS[name])
+    check(*random_head(5, 1100), config=CONFIGS[name])
     assert processors > 1 or seen[0].splits < 8
     assert processors < 132 or seen[0].splits > 16, "more splits than one step of the merge"
 
@@ -238,11 +237,15 @@ def test_strides() -> None:
     check(row, weight, ids)
 
 
-def test_every_candidate_is_checked_and_timed() -> None:
+def test_every_candidate_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in OPS:
         timings = time_candidates(op, 3, 16, 5000 if op == "row_stats" else 300, torch.float32, torch.device("cpu"))
         assert sum(t.default for t in timings) == 1 and all(0 < t.seconds < math.inf for t in timings)
         assert all(op in str(t) for t in timings)
+    wrong = lambda *args: linear_row_stats(*args)._replace(logps=torch.zeros(3))  # noqa: E731
+    monkeypatch.setattr(candidates, "linear_row_stats", wrong)
+    with pytest.raises(RuntimeError, match="wrong"):
+        time_candidates("linear_row_stats", 3, 16, 300, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match="op"):
         time_candidates("gemm", 1, 1, 1, torch.float32, torch.device("cpu"))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,14 @@ BF16, FP32 = torch.bfloat16, torch.float32
 CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
-@pytest.fixture
-def tf32() -> Iterator[None]:
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
     before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def record_linear(
@@ -139,10 +142,10 @@ def test_exact_fp32_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert compiled.ptx.count("fma.rn.f32") * 2 * 128 >= config.step_flops
 
 
-@pytest.mark.usefixtures("tf32")
 def test_tf32_is_taken_where_torch_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gemm, _ = record_linear(monkeypatch, 90, None, FP32)
-    assert gemm.arguments["PRECISION"] == "tf32"
+    with products_in("tf32"):
+        gemm, _ = record_linear(monkeypatch, 90, None, FP32)
+    assert gemm.arguments["PRECISION"] == "tf32" and "x_desc" in gemm.arguments
     config = linear_table(FP32, True, 9, True)["wide"]
     check(gemm, config, 90, tmp_path, monkeypatch)
 
@@ -269,7 +272,6 @@ def test_every_configuration(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", rounding)
     table = linear_table(dtype, rounding == "tf32", arch // 10, descriptors, depth % 16 == 0)
     forms = [
         (PLAIN, False, True),
@@ -284,7 +286,8 @@ def test_every_configuration(
         for index, (transform, bias, entropy) in enumerate(forms):
             folder = tmp_path / f"{name} {index}"
             folder.mkdir()
-            gemm, _ = record_linear(monkeypatch, arch, config, dtype, transform, bias, entropy, depth)
+            with products_in(rounding):
+                gemm, _ = record_linear(monkeypatch, arch, config, dtype, transform, bias, entropy, depth)
             try:
                 if depth == 64:
                     check(gemm, config, arch, folder, monkeypatch)
