@@ -135,6 +135,8 @@ def limits_of(device: torch.device, memory_budget: int | None = None) -> Limits:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on the device, its allocator's own cache included; None if unknown."""
     if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():  # the driver must not be asked then
+            return None
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
