@@ -114,7 +114,8 @@ def test_nothing_may_be_contracted(extension: Path) -> None:
 
 
 def test_the_extension_loads_without_a_driver(extension: Path) -> None:
-    code = "import _C; print(_C.cuda_version >= 13000, sorted(n for n in dir(_C.cuda) if n[0] != '_'))\n_C.cuda.device_count()"
+    code = "import _C; print(_C.cuda_version >= 13000, sorted(n for n in dir(_C.cuda) if n[0] != '_'))"
+    code += "; _C.cuda.device_count()"
     env = {**os.environ, "PYTHONPATH": str(extension.parent)}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     names = "['device_count', 'gae', 'group_advantages', 'row_grad', 'row_stats']"

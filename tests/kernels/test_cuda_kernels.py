@@ -1,5 +1,5 @@
 """The CUDA kernels beyond what test_rows.py asks of every row pass: clusters of blocks, alignment, half-precision
-outputs, advantages and GAE. They run on the stand-in for the CUDA runtime: 4 multiprocessors, busy with 8 blocks each."""
+outputs, advantages, GAE. They run on the stand-in for the CUDA runtime: 4 multiprocessors, busy with 8 blocks each."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_group_advantages(baseline: str, scale: str, dtype: torch.dtype, shift: 
         )
 
 
-# fp32 takes 1024 steps at once: 9000 are nine pieces. Two rows share them in clusters of 8 blocks, 33 rows have one each.
+# fp32 takes 1024 steps at once: 9000 are nine pieces. Two rows share them in clusters of 8 blocks, 33 rows have a block.
 @pytest.mark.parametrize("rows, steps", ((3, 1), (3, 7), (5, 1023), (2, 9000), (33, 2100)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("through_mask", (False, True))
