@@ -141,7 +141,7 @@ def test_empty_and_tiny(shape: tuple[int, int]) -> None:
     assert [y.shape for y in gae(x, x, x == 0, 1.0, 0.95, False)] == [shape, shape]
 
 
-# 128, 129: a block of tokens, and one more; 1100: two blocks of 1024 (fp32) or three of 512 (fp64).
+# 128, 129: a block of tokens, and one more; 1100: three blocks of 512 (fp32) or five of 256 (fp64).
 @pytest.mark.parametrize(
     ("gamma", "lam", "tokens"),
     [

@@ -19,18 +19,32 @@ from fastrl_kernels.triton.tokens import matrix, token_config
 
 
 @triton.jit
-def _load(ptr, row, cols, keep, PER_ROW: tl.constexpr, T):
-    """A vector at the tokens `keep`, 0 elsewhere; PER_ROW: one value for the whole row."""
+def _load(ptr, row, T, cols, inside, keep, PER_ROW: tl.constexpr = False):
+    """A vector at the tokens `keep`, 0 elsewhere; PER_ROW: one value for the whole row.
+
+    All of the row is read, in 16-byte accesses, which a mask that comes from memory would forbid.
+    """
     if PER_ROW:
-        return tl.where(keep, tl.load(ptr + row), 0.0)
-    return tl.load(ptr + row * T + cols, mask=keep, other=0.0)
+        x = tl.load(ptr + row)
+    else:
+        x = tl.load(ptr + row * T + cols, mask=inside, other=0.0)
+    return tl.where(keep, x, 0.0)
 
 
 @triton.jit
-def _log_ratio(logps, old_ptr, row, cols, keep, T):
-    if old_ptr is None:
-        return logps - logps  # 0; NaN where -inf - -inf would be
-    return logps - tl.load(old_ptr + row * T + cols, mask=keep, other=0.0)
+def _scored(ptr, row, T, cols, inside):
+    keep = inside
+    if ptr is not None:
+        keep = tl.load(ptr + row * T + cols, mask=inside, other=0) != 0
+    return keep
+
+
+@triton.jit
+def _log_ratio(logps, old_ptr, row, T, cols, inside, keep):
+    old_logps = logps  # so the ratio is 1, and NaN where logps is not finite
+    if old_ptr is not None:
+        old_logps = _load(old_ptr, row, T, cols, inside, keep)
+    return logps - old_logps
 
 
 @triton.jit
@@ -38,11 +52,13 @@ def _kl_and_slope(logps, ref_logps, factor, ESTIMATOR: tl.constexpr):
     """The KL estimate, and its derivative in logps times `factor`."""
     d = ref_logps - logps
     if ESTIMATOR == "k1":
-        return -d, factor
-    if ESTIMATOR == "k2":
-        return 0.5 * d * d, -d * factor
-    e = tl.exp(d)
-    return e - d - 1.0, factor - factor * e  # not factor * (1 - e): an infinite ratio leaves NaN, as in autograd
+        kl, slope = -d, factor
+    elif ESTIMATOR == "k2":
+        kl, slope = 0.5 * d * d, -d * factor
+    else:
+        e = tl.exp(d)
+        kl, slope = e - d - 1.0, factor - factor * e  # an infinite ratio leaves NaN, as in autograd
+    return kl, slope
 
 
 @triton.jit
@@ -53,7 +69,7 @@ def policy_terms_kernel(
     old_logps_ptr,  # (B, T) or None: logps
     ref_logps_ptr,  # (B, T), None without a KL term
     gate_ptr,  # (B, T), (B,) or None
-    scored_ptr,  # (B, T) uint8 or None: all; elsewhere nothing is read and the outputs are 0
+    scored_ptr,  # (B, T) uint8 or None: all; elsewhere nothing is used and the outputs are 0
     mask_ptr,  # (B, T) uint8 or None: scored
     live_ptr,  # (B, T) uint8 or None: scored
     weight_ptr,  # (B, T)
@@ -87,11 +103,10 @@ def policy_terms_kernel(
         kept = tl.zeros((BLOCK_SIZE,), tl.int32)
         for start in range(0, T, BLOCK_SIZE):
             cols = start + tl.arange(0, BLOCK_SIZE)
-            keep = cols < T
-            if scored_ptr is not None:
-                keep = tl.load(scored_ptr + row * T + cols, mask=keep, other=0) != 0
-            logps = tl.load(logps_ptr + row * T + cols, mask=keep, other=0.0)
-            total += _log_ratio(logps, old_logps_ptr, row, cols, keep, T)
+            inside = cols < T
+            keep = _scored(scored_ptr, row, T, cols, inside)
+            logps = _load(logps_ptr, row, T, cols, inside, keep)
+            total += _log_ratio(logps, old_logps_ptr, row, T, cols, inside, keep)
             kept += keep.to(tl.int32)
         count = tl.maximum(tl.sum(kept, 0), 1).to(dtype)
         row_ratio = tl.exp(tl.sum(total, 0) / count)
@@ -103,16 +118,14 @@ def policy_terms_kernel(
     for start in range(first, T, step):
         cols = start + tl.arange(0, BLOCK_SIZE)
         inside = cols < T
-        keep = inside
-        if scored_ptr is not None:
-            keep = tl.load(scored_ptr + row * T + cols, mask=inside, other=0) != 0
-        logps = tl.load(logps_ptr + row * T + cols, mask=keep, other=0.0)
-        weight = tl.load(weight_ptr + row * T + cols, mask=keep, other=0.0)
-        advantage = _load(advantages_ptr, row, cols, keep, ROW_ADVANTAGES, T)
+        keep = _scored(scored_ptr, row, T, cols, inside)
+        logps = _load(logps_ptr, row, T, cols, inside, keep)
+        weight = _load(weight_ptr, row, T, cols, inside, keep)
+        advantage = _load(advantages_ptr, row, T, cols, inside, keep, ROW_ADVANTAGES)
         if SEQUENCE:
             ratio = zeros + row_ratio
         else:
-            ratio = tl.exp(_log_ratio(logps, old_logps_ptr, row, cols, keep, T))
+            ratio = tl.exp(_log_ratio(logps, old_logps_ptr, row, T, cols, inside, keep))
         # Comparisons, since tl.minimum and tl.maximum may drop a NaN.
         bounded = tl.where(ratio > delta, delta, ratio)
         clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
@@ -125,10 +138,10 @@ def policy_terms_kernel(
         slope += tl.where((ratio >= low) & (ratio <= high), share_two * advantage, 0.0)
         loss, grad_ratio, grad_own = -least, -slope, zeros
         if gate_ptr is not None:
-            gate = _load(gate_ptr, row, cols, keep, ROW_GATE, T)
+            gate = _load(gate_ptr, row, T, cols, inside, keep, ROW_GATE)
             loss, grad_ratio = loss * gate, grad_ratio * gate
         if KL != "":
-            ref_logps = tl.load(ref_logps_ptr + row * T + cols, mask=keep, other=0.0)
+            ref_logps = _load(ref_logps_ptr, row, T, cols, inside, keep)
             factor = ratio if KL_TIMES_RATIO else zeros + 1.0
             kl, kl_slope = _kl_and_slope(logps, ref_logps, factor, KL)
             if KL_TIMES_RATIO:
@@ -140,10 +153,10 @@ def policy_terms_kernel(
         term = tl.where(keep, loss * weight, 0.0)
         policy += term
         if entropy_ptr is not None:
-            entropy = tl.load(entropy_ptr + row * T + cols, mask=keep, other=0.0)
+            entropy = _load(entropy_ptr, row, T, cols, inside, keep)
             entropy_sum += entropy
             if entropy_weight_ptr is not None:
-                entropy_weight = tl.load(entropy_weight_ptr + row * T + cols, mask=keep, other=0.0)
+                entropy_weight = _load(entropy_weight_ptr, row, T, cols, inside, keep)
                 extra = tl.where(keep, entropy_weight * entropy, 0.0)
                 bonus += extra
                 term -= extra
@@ -170,14 +183,12 @@ def policy_terms_kernel(
         for start in range(0, T, BLOCK_SIZE):
             cols = start + tl.arange(0, BLOCK_SIZE)
             inside = cols < T
-            keep = inside
-            if scored_ptr is not None:
-                keep = tl.load(scored_ptr + row * T + cols, mask=inside, other=0) != 0
+            keep = _scored(scored_ptr, row, T, cols, inside)
             grad = zeros + share
             if KL != "":
-                logps = tl.load(logps_ptr + row * T + cols, mask=keep, other=0.0)
-                ref_logps = tl.load(ref_logps_ptr + row * T + cols, mask=keep, other=0.0)
-                weight = tl.load(weight_ptr + row * T + cols, mask=keep, other=0.0)
+                logps = _load(logps_ptr, row, T, cols, inside, keep)
+                ref_logps = _load(ref_logps_ptr, row, T, cols, inside, keep)
+                weight = _load(weight_ptr, row, T, cols, inside, keep)
                 factor = zeros + (row_ratio if KL_TIMES_RATIO else 1.0)
                 _, kl_slope = _kl_and_slope(logps, ref_logps, factor, KL)
                 grad += weight * (beta * kl_slope)
@@ -219,7 +230,7 @@ def policy_terms(
 
     Args:
         spec: the objective's numbers.
-        tokens: fp32 or fp64 vectors; advantages and gate may be (B, 1). Where its mask is False nothing is read.
+        tokens: fp32 or fp64 vectors; advantages and gate may be (B, 1). Where its mask is False nothing is used.
         token_weight, entropy_weight: of each token's loss, and of its entropy in the bonus.
         mask, live: counted only; None: the tokens' mask.
         terms, gradients, sums: what to compute.

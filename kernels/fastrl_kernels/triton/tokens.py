@@ -17,9 +17,10 @@ class TokenConfig(NamedTuple):
     num_warps: int
 
 
-# A thread has one 16-byte load of each vector: the policy terms hold some twenty vectors at once, so more would spill.
-_SHORT, _LONG = TokenConfig(128, 1), TokenConfig(1024, 8)
-_SHORT_FP64, _LONG_FP64 = TokenConfig(128, 2), TokenConfig(512, 8)
+# A thread has one 16-byte load of each vector: the policy terms hold some twenty of them at once. With eight warps
+# ptxas spills for sm_80.
+_SHORT, _LONG = TokenConfig(128, 1), TokenConfig(512, 4)
+_SHORT_FP64, _LONG_FP64 = TokenConfig(128, 2), TokenConfig(256, 4)
 
 
 def token_config(tokens: int, dtype: torch.dtype) -> TokenConfig:
