@@ -29,6 +29,7 @@ STAGES = {
     "schedules": 60,
     "kernels": 35,
     "growth": 35,
+    "configurations": 35,
     "sanitizer": 75,
 }
 
@@ -49,7 +50,7 @@ def arguments() -> argparse.Namespace:
 def run_stage(options: argparse.Namespace) -> int:
     """One stage, in this process."""
     import torch
-    from gpucheck import correctness, environment, memory, sanitizer, speed
+    from gpucheck import configurations, correctness, environment, memory, sanitizer, speed
     from gpucheck.record import Record, Settings
 
     from fastrl_kernels import backends
@@ -64,6 +65,7 @@ def run_stage(options: argparse.Namespace) -> int:
         "schedules": speed.schedules,
         "kernels": speed.kernels,
         "growth": speed.growth,
+        "configurations": configurations.run,
         "one-call": correctness.kernels_once,
     }
     deadline = time.time() + options.seconds

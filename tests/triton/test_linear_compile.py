@@ -90,7 +90,7 @@ def step_counts(ptx: str, config: LinearConfig, arch: int, dtype: torch.dtype) -
         flops += 2 * int(m) * int(n) * depth * warps
     if arch == 100:  # the instruction's shape is in a register: 128 rows, all columns of the tile
         flops += 2 * 128 * config.block_cols * depth * ptx.count("tcgen05.mma.cta_group")
-    expected = re.findall(r"mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\], (\d+)", ptx)
+    expected = re.findall(r"mbarrier\.arrive\.expect_tx\.shared(?:::cta)?\.b64 _, \[%r\d+\], (\d+)", ptx)
     if config.descriptors:
         return flops, sum(map(int, expected))
     # As many steps ahead as there are stages but one stand before the loop.
