@@ -273,6 +273,18 @@ def test_bf16_packed_is_as_near_to_fp32_as_padded() -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_autocast_packed_is_as_near_to_fp32_as_padded(attention: str) -> None:
+    rollouts = shuffled_groups()
+    truth, _ = alone(make("qwen2"), rollouts)
+    model = make("qwen2")
+    model.set_attn_implementation(attention)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [run(model, rollouts, Packer.for_model(model, share))[0] for share in (None, False)]
+    errors = [float((hidden - truth).norm() / truth.norm()) for hidden in found]
+    assert 0 < errors[0] < 2 * errors[1] < 0.2, errors
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_scores_do_not_depend_on_the_layout(attention: str) -> None:
     model = tiny_model()
     model.set_attn_implementation(attention)
@@ -332,6 +344,28 @@ def test_training_is_the_same_packed_padded_and_in_any_number_of_passes(make_tra
         for log, wanted in zip(logs, runs[0][1], strict=True):
             for name in wanted.keys() - {"step_time", "tokens_per_second"}:
                 assert log[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-5, nan_ok=True), name
+
+
+@pytest.mark.parametrize("share", [None, False])
+def test_a_forward_has_no_more_tokens_than_asked_for(make_trainer: Make, share: bool | None) -> None:
+    """Neither in scoring nor in training, whatever the micro-batch."""
+    sizes: dict[int | None, list[int]] = {}
+    for tokens in (None, 24):
+        trainer = make_trainer(
+            beta=0.1,
+            num_iterations=2,
+            share_prompts=share,
+            tokens_per_pass=tokens,
+            trainer_arguments={"rollout_engine": ScriptedEngine()},
+        )
+        sizes[tokens] = seen = []
+        for model in (trainer.model, trainer.reference):
+            model.get_input_embeddings().register_forward_pre_hook(
+                lambda module, args, seen=seen: seen.append(args[0].numel())
+            )
+        trainer.train()
+    assert max(sizes[24]) <= 24 < max(sizes[None])
+    assert len(sizes[24]) > len(sizes[None]) == 4  # old and reference scores, two iterations
 
 
 def test_lora_is_the_same_packed_and_padded(make_trainer: Make) -> None:

@@ -22,6 +22,7 @@ PROMPTS = ["a", "b c", "d e f", "g h i j", "k", "l m", "n o p q r", "s t"]
 KINDS: dict[str, dict[str, Any]] = {
     "dapo": {},
     "grpo": {"loss_type": "grpo"},
+    "passes": {"tokens_per_pass": 10},  # another number of passes in each process
     "entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.05, "entropy_target": 5.0},
 }
 
