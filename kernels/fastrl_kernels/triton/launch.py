@@ -151,9 +151,12 @@ _POINTERS_TF32 = {
 }
 # Exact fp32 products run on the plain cores, whose tiles are small.
 _POINTERS_FP32 = {
-    "wide": LinearConfig(64, 64, 16, 1, 4, 4, False),
+    "wide": LinearConfig(128, 64, 16, 1, 8, 3, False),
     "low": LinearConfig(16, 128, 32, 1, 4, 3, False),
 }
+# Rows that are not at multiples of 16 elements are read one element at a time: small tiles, or the addresses alone
+# would fill the registers. No model at hand has such a head.
+_POINTERS_ELEMENTS = {"wide": LinearConfig(64, 64, 16, 1, 4, 2, False), "low": LinearConfig(32, 64, 16, 1, 4, 2, False)}
 # Up to this depth the exponentials take a share of the time that is worth hiding.
 _SMALL_DEPTH = 1536
 
@@ -185,7 +188,9 @@ def row_configs(dtype: torch.dtype) -> tuple[RowConfig, ...]:
     return tuple(dict.fromkeys(c for v in (512, 2048, MAX_COLUMNS) for c in row_candidates(v, dtype)))
 
 
-def linear_table(dtype: torch.dtype, tf32: bool, capability: int, descriptors: bool) -> dict[str, LinearConfig]:
+def linear_table(
+    dtype: torch.dtype, tf32: bool, capability: int, descriptors: bool, vectors: bool = True
+) -> dict[str, LinearConfig]:
     """Every configuration of the fused GEMM that may be launched, by name.
 
     Args:
@@ -193,26 +198,29 @@ def linear_table(dtype: torch.dtype, tf32: bool, capability: int, descriptors: b
         tf32: whether fp32 operands may be rounded to tf32.
         capability: major compute capability; tensor cores fed by TMA are those of 9, 10 and 11.
         descriptors: whether TMA can read the operands.
+        vectors: whether 16 bytes at a time can be read through pointers.
     """
-    if dtype == torch.float32 and not tf32:
-        return _POINTERS_FP32  # without tensor cores there is nothing for TMA to feed
+    if dtype == torch.float32 and not tf32:  # without tensor cores there is nothing for TMA to feed
+        return _POINTERS_FP32 if vectors else _POINTERS_ELEMENTS
     half = dtype != torch.float32
     if descriptors and capability == 9:
         return _TMA_HOPPER if half else _TMA_HOPPER_TF32
     if descriptors and capability in (10, 11):
         return _TMA_BLACKWELL if half else _TMA_BLACKWELL_TF32
+    if not vectors:
+        return _POINTERS_ELEMENTS
     return _POINTERS if half else _POINTERS_TF32
 
 
 def linear_config(
-    n: int, depth: int, dtype: torch.dtype, tf32: bool, descriptors: bool, chip: Chip
+    n: int, depth: int, dtype: torch.dtype, tf32: bool, descriptors: bool, vectors: bool, chip: Chip
 ) -> tuple[LinearConfig, tuple[LinearConfig, ...]]:
     """The table's choice for (n, D) rows, and all that a measurement may choose from.
 
     Raises:
         RuntimeError: no configuration fits the chip's shared memory.
     """
-    table = linear_table(dtype, tf32, chip.capability, descriptors)
+    table = linear_table(dtype, tf32, chip.capability, descriptors, vectors)
     fitting = {k: c for k, c in table.items() if c.shared_bytes(dtype) + 2048 <= chip.shared_bytes}
     if not fitting:
         raise RuntimeError(f"the fused forward needs more shared memory than this GPU's {chip.shared_bytes} bytes")
