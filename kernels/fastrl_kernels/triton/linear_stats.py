@@ -363,7 +363,9 @@ def candidates(x: Tensor, weight: Tensor) -> tuple[LinearConfig, tuple[LinearCon
     """The table's configuration for these operands, and all that a measurement may choose from."""
     device = chip(x.device)
     descriptors = takes_descriptors(x) and takes_descriptors(weight)
-    return linear_config(x.shape[0], x.shape[1], x.dtype, allows_tf32(), descriptors, device)
+    # Triton reads vectors where it knows sizes and strides to be multiples of 16.
+    vectors = descriptors and x.stride(0) % 16 == weight.stride(0) % 16 == x.shape[1] % 16 == 0
+    return linear_config(x.shape[0], x.shape[1], x.dtype, allows_tf32(), descriptors, vectors, device)
 
 
 def choose_config(
@@ -467,6 +469,9 @@ def linear_row_stats(
             PIECES=config.pieces,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            # Small tiles: more programs on a multiprocessor are worth a spill to the assembler, unless it is told the
+            # limit. The large ones have no such choice.
+            maxnreg=None if config.descriptors else 255,
             # As in row_stats: a logit must be rounded once, before the maximum is taken and subtracted.
             enable_fp_fusion=False,
         )
