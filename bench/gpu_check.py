@@ -22,15 +22,15 @@ from typing import Any
 # Stage and the seconds it may take, together under ten minutes; what one leaves over goes to those after it.
 STAGES = {
     "environment": 20,
-    "correctness": 100,
+    "correctness": 90,
     "peers": 90,
     "compiled": 100,
-    "memory": 45,
+    "memory": 40,
     "schedules": 60,
     "kernels": 35,
     "growth": 35,
     "configurations": 35,
-    "sanitizer": 75,
+    "sanitizer": 60,
 }
 
 
