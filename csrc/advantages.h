@@ -50,13 +50,16 @@ struct Moments {
   }
 };
 
-FASTRL_FN double group_advantage(double r, const Moments& group, const Moments& batch, const AdvantageArgs& a) {
+FASTRL_FN double group_divisor(const Moments& group, const Moments& batch, const AdvantageArgs& a) {
+  if (a.scale == Scale::kNone) return 1.0;
+  return (a.scale == Scale::kGroup ? group.deviation() : batch.deviation()) + a.eps;
+}
+
+FASTRL_FN double group_advantage(double r, const Moments& group, double divisor, const AdvantageArgs& a) {
   // A unanimous group is exactly 0, so that its rows are dropped from the loss; a lone reward has nothing to compare with.
   if (r != r || group.count < 2 || group.low == group.high) return 0;
-  double advantage =
-      r - (a.baseline == Baseline::kMean ? group.mean() : (group.sum - r) / static_cast<double>(group.count - 1));
-  if (a.scale == Scale::kGroup) advantage /= group.deviation() + a.eps;
-  if (a.scale == Scale::kBatch) advantage /= batch.deviation() + a.eps;
+  const double others = (group.sum - r) / static_cast<double>(group.count - 1);
+  const double advantage = (r - (a.baseline == Baseline::kMean ? group.mean() : others)) / divisor;
   return advantage == advantage ? advantage : 0.0;
 }
 

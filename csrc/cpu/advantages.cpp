@@ -15,12 +15,16 @@ void advantages_typed(const AdvantageArgs& a) {
   std::vector<Moments> groups;
   Moments batch;
   for (int64_t i = 0; i < a.count; ++i) {
-    const auto [it, is_new] = index.try_emplace(a.group_ids[i], static_cast<int64_t>(groups.size()));
-    if (is_new) groups.emplace_back();
-    group_of[i] = it->second;
+    if (i > 0 && a.group_ids[i] == a.group_ids[i - 1]) {  // completions of a prompt mostly stand together
+      group_of[i] = group_of[i - 1];
+    } else {
+      const auto [it, is_new] = index.try_emplace(a.group_ids[i], static_cast<int64_t>(groups.size()));
+      if (is_new) groups.emplace_back();
+      group_of[i] = it->second;
+    }
     const double r = rewards[i];
     if (r != r) continue;
-    groups[it->second].add(r);
+    groups[group_of[i]].add(r);
     batch.add(r);
   }
   for (int64_t i = 0; i < a.count; ++i) {
@@ -29,8 +33,13 @@ void advantages_typed(const AdvantageArgs& a) {
     groups[group_of[i]].squares += groups[group_of[i]].centred_square(r);
     batch.squares += batch.centred_square(r);
   }
-  for (int64_t i = 0; i < a.count; ++i)
-    static_cast<T*>(a.advantages)[i] = static_cast<T>(group_advantage(rewards[i], groups[group_of[i]], batch, a));
+  std::vector<double> divisors;
+  divisors.reserve(groups.size());
+  for (const Moments& group : groups) divisors.push_back(group_divisor(group, batch, a));
+  for (int64_t i = 0; i < a.count; ++i) {
+    const int64_t group = group_of[i];
+    static_cast<T*>(a.advantages)[i] = static_cast<T>(group_advantage(rewards[i], groups[group], divisors[group], a));
+  }
 }
 
 }  // namespace

@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kThreads, kResident) group_advantages_kernel(c
     Squares* sums = reinterpret_cast<Squares*>(fastrl_shared);
     batch.squares = share_block(merge_block(batch_squares, sums), sums).sum;
   }
-  if (exists && lane == 0) static_cast<T*>(a.advantages)[mine] = static_cast<T>(group_advantage(r, group, batch, a));
+  if (exists && lane == 0)
+    static_cast<T*>(a.advantages)[mine] = static_cast<T>(group_advantage(r, group, group_divisor(group, batch, a), a));
 }
 
 }  // namespace

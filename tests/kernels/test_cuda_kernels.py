@@ -123,7 +123,7 @@ def test_group_advantages(baseline: str, scale: str, dtype: torch.dtype, shift: 
         )
 
 
-# fp32 takes 1024 steps at once: 9000 are nine pieces. Two rows share them in clusters of 8 blocks, 33 rows have a block.
+# fp32 takes 1024 steps at once: 9000 are nine pieces. Two rows share them in clusters of 8 blocks; 33 have one each.
 @pytest.mark.parametrize("rows, steps", ((3, 1), (3, 7), (5, 1023), (2, 9000), (33, 2100)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("through_mask", (False, True))
