@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -93,19 +93,18 @@ class Head:
         """Row pass 1 of a projected chunk, combined over the vocabulary shards."""
         return self._combine(self.backend.row_stats(tile, ids, self.transform, self.bias, entropy))
 
-    def streamed_stats(self, x: Tensor, ids: Tensor, tile: Tensor, entropy: bool) -> RowStats:
-        """GEMM1 and row pass 1 through a tile of few columns, which the next block of columns overwrites."""
+    def streamed_stats(self, x: Tensor, ids: Tensor, tile: Tensor, entropy: bool, block: int) -> RowStats:
+        """GEMM1 and row pass 1 through a tile of few columns, which the next columns overwrite."""
         pieces = []
         columns = tile.shape[1]
-        x = x.to(tile.dtype)
         for start in range(0, self.weight.shape[0], columns):
-            block = slice(start, start + columns)
-            weight = self.weight[block].to(tile.dtype)
-            logits = tile[:, : weight.shape[0]]
-            torch.mm(x, weight.t(), out=logits)
+            part = slice(start, start + columns)
+            head = replace(self, weight=self.weight[part])
+            logits = tile[:, : head.weight.shape[0]]
+            head.project(x, logits, block)
             local = ids - start
-            local = torch.where((local >= 0) & (local < weight.shape[0]), local, -1)
-            bias = None if self.bias is None else self.bias[block]
+            local = torch.where((local >= 0) & (local < head.weight.shape[0]), local, -1)
+            bias = None if self.bias is None else self.bias[part]
             pieces.append(stack_stats(self.backend.row_stats(logits, local, self.transform, bias, entropy)))
         return self._combine(merge_stats(torch.stack(pieces, 1)))
 
@@ -281,7 +280,7 @@ def score(
         elif plan.schedule == "fused forward":
             stats = head.fused_stats(x, ids, entropy)
         elif plan.columns < head.weight.shape[0]:
-            stats = head.streamed_stats(x, ids, tiles[0][: x.shape[0]], entropy)
+            stats = head.streamed_stats(x, ids, tiles[0][: x.shape[0]], entropy, plan.weight_block)
         else:
             tile = tiles[0][: x.shape[0]]
             head.project(x, tile, plan.weight_block)

@@ -262,8 +262,11 @@ def make_plan(work: Work) -> Plan:
     if limits.weight_block:
         block = min(block, weight_block(work.hidden_size, work.dtype, limits))
     if scoring and work.device.type == "cpu":
-        # No whole row is needed in memory, so a block of columns serves many rows.
-        columns, most = block, max(least, min(limits.score_rows, budget // (block * tile_dtype.itemsize)))
+        # No whole row is needed in memory, so some columns serve many rows; for fewer rows more columns, in a tile of
+        # the same size, for fewer calls of the row pass.
+        most = max(least, min(limits.score_rows, budget // (block * tile_dtype.itemsize)))
+        even = -(-work.rows // -(-work.rows // most)) if work.rows else most
+        columns = min(block * max(1, most // even), work.vocabulary)
     else:
         columns = work.vocabulary
         # A GPU's gradient tile in half precision stands beside an fp32 tile.
