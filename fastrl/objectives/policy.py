@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from fastrl_kernels import TokenBatch, backends, linear_logprobs, ops, register_objective, validation
 from fastrl_kernels.functional import harmonize
 from fastrl_kernels.head import LogitTransform
-from fastrl_kernels.objective import PolicySpec, TermSums, weighted_terms
+from fastrl_kernels.objective import PolicySpec, weighted_terms
 
 from .kl import KL_ESTIMATORS, kl_estimate
 
@@ -386,7 +386,8 @@ def _policy_terms(
 ) -> tuple[Tensor, ...]:
     if objective.beta != 0 and tokens.ref_logps is None:
         raise ValueError(f"ref_logps: needed with beta = {objective.beta}")
-    return ops.policy_terms(
+    run = ops.policy_terms if torch.compiler.is_compiling() else ops.PolicyTermsFunction.apply
+    return run(
         tokens.logps, tokens.entropy, tokens.advantages, tokens.old_logps, tokens.ref_logps, tokens.gate, tokens.mask,
         mask, live, weights, bonus_weights, objective.handle, gradients, backend,  # type: ignore[attr-defined]
     )  # fmt: skip
@@ -399,25 +400,29 @@ def _metrics_from_sums(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What `PolicyObjective.metrics` computes, in its dtypes, and the loss without the bonus."""
     dtype, share = tokens.logps.dtype, torch.get_default_dtype()
-    total = TermSums(*sums.sum(0).unbind())
-    row = TermSums(*sums.unbind(-1))
-    count, scored = total.counted.clamp(min=1), total.scored.clamp(min=1)
-    out = {"live_fraction": (total.live / count).to(share)}
-    if objective.beta != 0:
-        out["kl"] = (total.kl / scored).to(dtype)
-    if tokens.entropy is not None:
-        out["entropy"] = (total.entropy / scored).to(dtype)
+    total = sums.sum(0)  # few operations on few numbers: on a small batch each costs as much as the kernel
+    shares = total[6:9] / total[5].clamp(min=1)  # live, low, high
+    rates = sums[:, 7:9]
     if objective.importance_sampling_level == "sequence" and tokens.advantages.shape[-1] == 1:
-        share, low, high = dtype, row.low, row.high
-        means = torch.stack([x.mean() for x in (row.low, row.high, row.low + row.high)])
+        clip_dtype, clipped = dtype, rates.mean(0)
     else:
-        low, high = row.low / row.counted, row.high / row.counted  # NaN: a fully masked row
-        means = torch.stack([total.low, total.high, total.low + total.high]) / count
-    names = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
-    out |= zip(names, means.to(share).unbind(), strict=True)
-    out["clip_ratio/low_min"] = -_nan_max(-low).to(share)
-    out["clip_ratio/high_max"] = _nan_max(high).to(share)
-    return out, total.policy.to(dtype)
+        clip_dtype, clipped = share, shares[1:]
+        rates = rates / sums[:, 5:6]  # NaN: a fully masked row
+    out = {"live_fraction": shares[0].to(share)}
+    kl, entropy = (total[2:4] / total[4].clamp(min=1)).to(dtype).unbind()
+    if objective.beta != 0:
+        out["kl"] = kl
+    if tokens.entropy is not None:
+        out["entropy"] = entropy
+    low, high, region = torch.cat([clipped, clipped.sum(0, keepdim=True)]).to(clip_dtype).unbind()
+    out |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": region}
+    if sums.shape[0] == 0:
+        lowest = highest = sums.new_full((), torch.nan, dtype=clip_dtype)
+    else:
+        worst = torch.stack([-rates[:, 0], rates[:, 1]]).nan_to_num(nan=-torch.inf).amax(1)
+        lowest, highest = torch.where(worst == -torch.inf, torch.nan, worst).to(clip_dtype).unbind()
+    out |= {"clip_ratio/low_min": -lowest, "clip_ratio/high_max": highest}
+    return out, total[0].to(dtype)
 
 
 # The fused form -----------------------------------------------------------------------------------------------------
