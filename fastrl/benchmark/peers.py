@@ -107,8 +107,8 @@ def linear_cross_entropy_chunked(device: torch.device) -> Contender:
 
 
 def linear_cross_entropy_auto(device: torch.device) -> Contender:
-    """With the chunks it chooses itself: a few rows each on a CPU, so it is asked for two jobs only there."""
-    jobs = _NO_ENTROPY if device.type == "cuda" else frozenset({"train", "nll"})
+    """With the chunks it chooses itself: a few rows each on a CPU, so it is asked for one job only there."""
+    jobs = _NO_ENTROPY if device.type == "cuda" else frozenset({"nll"})
     return _linear_cross_entropy("torch-lce-auto", "F.linear_cross_entropy, its own chunks", jobs, {})
 
 

@@ -75,14 +75,14 @@ class Options:
         return 60 * (self.minutes if self.minutes is not None else 2 if self.quick else 15)
 
     def n(self, shape: str) -> int:
-        """Tokens at a shape, a multiple of a completion's: on the CPU as many as cost what SmolLM2's do, in N only."""
+        """Tokens at a shape, whole completions; on the CPU a larger head gets a quarter of SmolLM2's cost."""
         if self.on_gpu:
             n = self.tokens or (2048 if self.quick else 8192)
         else:
             n = self.tokens or (256 if self.quick else 2048)
             base, this = SHAPES["smollm2"], SHAPES[shape]
             if shape != "smollm2":
-                n = n * base.hidden * base.vocabulary // (2 * this.hidden * this.vocabulary)
+                n = n * base.hidden * base.vocabulary // (4 * this.hidden * this.vocabulary)
         return max(1, n // self.t) * self.t
 
 
@@ -186,16 +186,20 @@ class Suite:
             if job.name in o.ops or (job.name == "train" and "live" in o.ops):
                 whole = job.name in _BOTH or o.on_gpu
                 yield self._head_step(key, n if whole else max(1, n // 4 // o.t) * o.t, job, 1.0, everybody)
-            if job.name == "train" and "live" in o.ops:
+            if job.name == "train" and "live" in o.ops and n >= 4 * o.t:  # a share of whole completions
                 for share in LIVE_SHARES if main and not o.quick else (0.37,):
-                    yield self._head_step(key, n, job, share, everybody if share == 0.37 else _few(everybody))
+                    shown = everybody if share == 0.37 else _few(everybody)
+                    # Peers compute dead rows like live ones: on a CPU the slow repeats of other rows are left out.
+                    shown = shown if o.on_gpu else tuple(p for p in shown if p not in _ONCE)
+                    yield self._head_step(key, n, job, share, shown)
 
     def _head_step(self, key: str, n: int, job: Job, share: float, names: tuple[str, ...]) -> _Step:
         shape = SHAPES[key]
         what = job.title if share == 1 else f"{job.title}, live share {share}"
         floor = 0.6 * job.floor[1] * n * shape.hidden * shape.vocabulary / (2048 * 576 * 49152)
         rounds = 3 if self.options.quick else 4
-        cost = rounds * floor * (5 + sum(_FLOORS.get(name, 2) for name in names)) + 15 * ("compile" in names)
+        run = [name for name in names if self.options.on_gpu or name not in _GPU_ONLY]
+        cost = rounds * floor * (5 + sum(_FLOORS.get(name, 2) for name in run)) + 15 * ("compile" in names)
         return _Step(f"{what}, {shape.title}", cost, functools.partial(self._head, key, n, job, share, names))
 
     def _contenders(self, names: Sequence[str]) -> list[Contender]:
@@ -278,6 +282,8 @@ class Suite:
 
 
 _BOTH = ("train", "score")
+_ONCE = ("compile", "liger-compiled", "verl")
+_GPU_ONLY = ("liger-scaled", "cce", "verl-triton", "quack")
 # What a peer takes, in floors, on a CPU.
 _FLOORS = {
     "eager": 1.5,
