@@ -1,6 +1,7 @@
 // Just enough of the CUDA runtime to compile csrc/cuda with a C++ compiler and run it on the CPU, for tests on machines without
-// a GPU. Each CUDA thread is a fiber; those of a cluster take turns until all of them have ended, and wait for each other only
-// where the kernel says so. What memory it reads out of bounds, what it forgets to wait for and how it rounds, shows here.
+// a GPU. Each CUDA thread is a fiber; those of a cluster take turns until all of them have ended. Wrong indices, rounding,
+// deadlocks and misaligned packets show here. A missing barrier may not, since the turns are always in the same order: that is
+// for `compute-sanitizer --tool racecheck` on a GPU.
 #pragma once
 
 #include <setjmp.h>
