@@ -56,4 +56,5 @@ def cuda_on_cpu() -> NativeKernels:
     assert spec is not None and spec.loader is not None
     extension: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(extension)
+    shutil.rmtree(folder)  # the library is mapped now
     return NativeKernels(extension.cuda, "cpu", _no_stream, mixed_outputs=True)
