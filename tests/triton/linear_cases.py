@@ -18,7 +18,7 @@ PLAIN = LogitTransform()
 EVERYTHING = LogitTransform(temperature=0.7, logit_scale=1.3, softcap=5.0)
 # Small tiles, so that few rows and columns make many blocks, splits and pieces.
 POINTERS = LinearConfig(16, 32, 16, 1, 4, 2, False)
-TMA = LinearConfig(16, 64, 16, 4, 4, 2, True)
+TMA = LinearConfig(16, 64, 16, 8, 4, 2, True)
 HALVES = LinearConfig(32, 32, 32, 2, 4, 2, False)
 CONFIGS = {"pointers": POINTERS, "tma": TMA, "halves": HALVES}
 D = 24  # one and a half of a tile's depth; rows of 96 bytes, as TMA wants

@@ -41,7 +41,7 @@ class LinearConfig(NamedTuple):
     block_rows: int
     block_cols: int  # of the vocabulary
     block_depth: int
-    pieces: int  # in which a tile of logits is reduced: 1, 2 or 4
+    pieces: int  # in which a tile of logits is reduced: 1, 2, 4 or 8
     num_warps: int
     num_stages: int
     descriptors: bool  # TMA (compute capability 9 and later)
@@ -116,11 +116,11 @@ MERGE_CONFIG = MergeConfig(32, 16, 4)
 # hide the exponentials of one behind the products of the other, which counts where D is small. Low tiles are for few
 # rows: there the weight is read once and that read is all the time.
 _TMA_HOPPER = {
-    "wide": LinearConfig(128, 256, 64, 4, 8, 4, True),
+    "wide": LinearConfig(128, 256, 64, 8, 8, 4, True),
     "pair": LinearConfig(128, 128, 64, 2, 4, 3, True),
     "low": LinearConfig(64, 128, 64, 2, 4, 4, True),
     "tall": LinearConfig(256, 128, 64, 4, 8, 4, True),
-    "deep": LinearConfig(128, 256, 128, 4, 8, 2, True),
+    "deep": LinearConfig(128, 256, 128, 8, 8, 2, True),
 }
 # Tensor memory takes no tile lower than 128 rows without a detour, and holds the tile itself: four warps are enough.
 _TMA_BLACKWELL = {
@@ -136,7 +136,7 @@ _POINTERS = {
     "shallow": LinearConfig(128, 128, 32, 1, 8, 4, False),
 }
 _TMA_HOPPER_TF32 = {
-    "wide": LinearConfig(128, 256, 32, 4, 8, 4, True),
+    "wide": LinearConfig(128, 256, 32, 8, 8, 4, True),
     "pair": LinearConfig(128, 128, 32, 2, 4, 3, True),
     "low": LinearConfig(64, 128, 32, 2, 4, 4, True),
 }

@@ -137,8 +137,17 @@ def fold_block(
         if PIECES == 2:
             pieces = (left, right)
         else:
-            tl.static_assert(PIECES == 4)
-            pieces = halves(left, ROWS, COLS // 2) + halves(right, ROWS, COLS // 2)
+            a, b = halves(left, ROWS, COLS // 2)
+            c, d = halves(right, ROWS, COLS // 2)
+            if PIECES == 4:
+                pieces = (a, b, c, d)
+            else:
+                tl.static_assert(PIECES == 8)
+                QUARTER: tl.constexpr = COLS // 4
+                pieces = (
+                    halves(a, ROWS, QUARTER) + halves(b, ROWS, QUARTER)
+                    + halves(c, ROWS, QUARTER) + halves(d, ROWS, QUARTER)
+                )  # fmt: skip
         for i in tl.static_range(PIECES):
             stats = fold_columns(
                 pieces[i], first + i * WIDTH, ragged, met, stats, head, SOFTCAP, IDENTITY, ENTROPY, WIDTH
