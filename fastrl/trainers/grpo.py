@@ -242,9 +242,15 @@ class GRPOTrainer(PromptTrainer):
             # The bonus is then a mean over the micro-batch's own tokens.
             objective = dataclasses.replace(objective, entropy_coef=objective.entropy_coef / len(self._window_examples))
         self._objective_in_use = objective  # the op knows it by a weak reference, also in the backward
-        args = self.args
-        run = {"temperature": args.temperature, "backend": args.loss_backend, "grad_tolerance": args.grad_tolerance}
-        out = policy_loss(model, inputs, objective, score_dead=not training or not self._skips_dead, **run)
+        out = policy_loss(
+            model,
+            inputs,
+            objective,
+            temperature=self.args.temperature,
+            score_dead=not training or not self._skips_dead,
+            backend=self.args.loss_backend,
+            grad_tolerance=self.args.grad_tolerance,
+        )
         self._passes_run.append((inputs.layout, out.metrics))
         return out.loss
 
