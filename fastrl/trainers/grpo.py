@@ -236,8 +236,7 @@ class GRPOTrainer(PromptTrainer):
         """The loss of a pass; its metrics are added once the micro-batch is done."""
         if return_outputs:
             raise ValueError("return_outputs: GRPOTrainer has no outputs but the loss")
-        training = self._eval_prefix is None
-        objective = self.objective
+        training, objective = self._eval_prefix is None, self.objective
         if training and objective.top_entropy_quantile < 1 and objective.entropy_coef != 0:
             # The bonus is then a mean over the micro-batch's own tokens.
             objective = dataclasses.replace(objective, entropy_coef=objective.entropy_coef / len(self._window_examples))
