@@ -479,8 +479,8 @@ def linear_row_stats(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             # Small tiles: more programs on a multiprocessor are worth a spill to the assembler, unless it is told the
-            # limit. The large ones have no such choice.
-            maxnreg=None if config.descriptors else 255,
+            # limit. TMA's large tiles have no such choice, and tensor memory is better left to the assembler.
+            maxnreg=None if config.descriptors or chip(device).capability >= 10 else 255,
             # As in row_stats: a logit must be rounded once, before the maximum is taken and subtracted.
             enable_fp_fusion=False,
         )
