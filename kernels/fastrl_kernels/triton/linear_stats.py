@@ -140,7 +140,7 @@ def fold_block(
             a, b = halves(left, ROWS, COLS // 2)
             c, d = halves(right, ROWS, COLS // 2)
             if PIECES == 4:
-                pieces = (a, b, c, d)
+                pieces = (a, b, c, d)  # type: ignore[assignment]
             else:
                 tl.static_assert(PIECES == 8)
                 QUARTER: tl.constexpr = COLS // 4
