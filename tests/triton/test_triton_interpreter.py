@@ -15,7 +15,7 @@ CASES = {
     "row_cases.py": 100,
     "advantages_cases.py": 40,
     "ops_cases.py": 10,
-    "token_cases.py": 80,
+    "token_cases.py": 70,
     "linear_cases.py": 100,
 }
 
