@@ -389,7 +389,7 @@ def _trl_trainer(
     from datasets import Dataset
 
     reward_funcs.__name__ = "stored"
-    trainer = trl.GRPOTrainer(
+    trainer: Any = trl.GRPOTrainer(
         args=trl.GRPOConfig(**arguments),
         train_dataset=Dataset.from_list(train_dataset),
         reward_funcs=reward_funcs,
@@ -407,7 +407,7 @@ def _trl_trainer(
             "num_items_in_batch": rollouts.completion_mask.sum(),
         }
 
-    trainer._generate_and_score_completions = outputs  # type: ignore[assignment, method-assign]
+    trainer._generate_and_score_completions = outputs
     return trainer
 
 
