@@ -481,8 +481,9 @@ def linear_policy_loss(
             must meet backward() unscaled, which is checked. Token-local objectives only; not under torch.compile.
         grad_tolerance: 0 (exact), or the share of each chunk's gradient, in the sum of the rows' L1 norms of dlogits,
             that may be left out: the rows of smallest norm cost their logits and nothing more. Each row's norm is
-            `2|c|(1 - p)`, c being d loss / d logp (an entropy bonus adds at most `2|c_H|H`). What was dropped are the
-            metrics `grad_skipped/rows` (share of the live rows) and `grad_skipped/norm` (share of the norms' sum).
+            `2|c|(1 - p)`, c being d loss / d logp (an entropy bonus adds at most `2|c_H|H`). What was dropped are
+            metrics of a single pass, `grad_skipped/rows` (share of the live rows) and `grad_skipped/norm` (share of the
+            norms' sum).
         capturable: nothing depends on values, so that a CUDA graph can capture the call: dead rows run too (as zeros),
             ids are not checked on a GPU (one out of range gives NaN). Old logps and all constants stay what they were.
         memory_budget, explain: see `linear_logprobs`.
@@ -510,6 +511,8 @@ def linear_policy_loss(
     run = {"memory_budget": memory_budget, "capturable": capturable, "explain": explain}
     if weight_grad is not None:
         validation.check_weight_grad(weight_grad, weight, dtype)
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            raise ValueError("weight_grad: dW would be added where no gradient of weight is wanted")
         if not objective.token_local or name == "reference":
             raise ValueError("weight_grad: only a token-local objective makes dW in the forward, and not the reference")
 

@@ -75,7 +75,8 @@ def linear_logprobs(
         memory_budget: bytes that tiles of logits may take. None: 48 MiB on the CPU, 512 MiB on a GPU, but at least 128
             rows, and never more than half of the free memory. A budget given is kept to the row.
         grad_tolerance: 0 (exact), or the share of the gradient, in the sum of the rows' L1 norms of dlogits, that the
-            backward may leave out: the rows of smallest norm are dropped as if they were dead.
+            backward may leave out: the rows of smallest norm are dropped as if they were dead. Exact where a gradient
+            flows through lse.
         capturable: nothing depends on values (no dropping of rows, no synchronisation), so that a CUDA graph can
             capture the call; ids are then not checked on a GPU, one out of range gives NaN.
         explain: print the planner's schedule and its reasons.
@@ -102,6 +103,11 @@ def linear_logprobs(
     hidden, ids = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1).to(torch.int64)
     mask = None if mask is None else mask.reshape(-1)
     if name == "reference":
+        given = {"memory_budget": memory_budget, "grad_tolerance": grad_tolerance, "capturable": capturable}
+        if refused := [option for option, value in given.items() if value]:
+            raise ValueError(
+                f"{', '.join(refused)}: the reference builds all the logits; use backend 'cpu' or 'triton'"
+            )
         if tp_group is not None:
             raise ValueError("tp_group: the reference has no tensor parallelism; use backend 'cpu' or 'triton'")
         ops.check_range(mask, ids, weight.shape[0])

@@ -315,6 +315,8 @@ def test_weight_gradient_buffer_refuses_what_it_cannot_do() -> None:
         call(weight_grad=torch.zeros(V, D, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"weight_grad.*\(130, 8\)"):
         call(weight_grad=torch.zeros(V, D + 1))
+    with pytest.raises(ValueError, match="where no gradient of weight is wanted"), torch.no_grad():
+        call(weight_grad=torch.zeros(V, D))
     with pytest.raises(ValueError, match=r"weight_grad.*token-local"):
         call(SEQUENCE, weight_grad=torch.zeros(V, D))
 
@@ -403,6 +405,14 @@ def test_no_tolerance_is_exact_and_bad_ones_are_refused() -> None:
         for call in (lambda **o: gradients(data, TOKEN, **o), lambda **o: score(data, **o)):
             with pytest.raises(ValueError, match=message):
                 call(**options)
+
+
+@pytest.mark.parametrize("option", ({"memory_budget": 10**6}, {"grad_tolerance": 0.1}, {"capturable": True}))
+def test_the_reference_refuses_what_it_cannot_do(option: dict[str, Any]) -> None:
+    data = batch(torch.float32)
+    for call in (lambda **o: gradients(data, TOKEN, **o), lambda **o: score(data, **o)):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}: the reference builds all the logits"):
+            call(backend="reference", **option)
 
 
 def score(data: dict[str, Any], **options: Any) -> fastrl.TokenStats:
