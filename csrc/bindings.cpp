@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -36,22 +37,39 @@ std::vector<const RowKernels*> usable_row_kernels() {  // best last
 
 const RowKernels* current_kernels = usable_row_kernels().back();
 
-// Rows are split evenly over `threads` threads that live for this call only: no second thread pool beside torch's, and
-// nothing to break in a forked worker. Where a thread can't be started, the caller does its share.
+// GOMP_parallel of the OpenMP runtime that torch computes on, or null. Its threads are awake right after a matrix product,
+// and spin: threads of our own would have to share a core with them, at twice the time.
+using Parallel = void (*)(void (*)(void*), void* job, unsigned threads, unsigned flags);
+Parallel torch_openmp = nullptr;
+
+// A job whose equal shares are taken by whoever comes first, so that it is done whatever number of threads turns up.
+template <typename Work>
+struct Job {
+  const Work& work;
+  const int64_t rows, parts;
+  std::atomic<int64_t> next{0};
+
+  static void take_shares(void* self) {
+    Job& job = *static_cast<Job*>(self);
+    for (int64_t part = job.next++; part < job.parts; part = job.next++)
+      job.work(job.rows * part / job.parts, job.rows * (part + 1) / job.parts);
+  }
+};
+
+// Rows are split evenly over `threads` threads: torch's, or else ones that live for this call only. Where one can't be
+// started, the others do its share.
 template <typename Work>
 void parallel_rows(int64_t rows, int threads, const Work& work) {
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, rows));
+  Job<Work> job{work, rows, std::max<int64_t>(1, std::min<int64_t>(threads, rows))};
+  if (job.parts == 1) return work(0, rows);
+  if (torch_openmp) return torch_openmp(Job<Work>::take_shares, &job, static_cast<unsigned>(job.parts), 0);
   std::vector<std::thread> pool;
-  pool.reserve(parts - 1);
-  for (int64_t part = 1; part < parts; ++part) {
-    const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-    try {
-      pool.emplace_back([&work, begin, end] { work(begin, end); });
-    } catch (const std::system_error&) {
-      work(begin, end);
-    }
+  pool.reserve(job.parts - 1);
+  try {
+    while (static_cast<int64_t>(pool.size()) < job.parts - 1) pool.emplace_back(Job<Work>::take_shares, &job);
+  } catch (const std::system_error&) {
   }
-  work(0, rows / parts);
+  Job<Work>::take_shares(&job);
   for (auto& thread : pool) thread.join();
 }
 
@@ -171,6 +189,8 @@ PYBIND11_MODULE(_C, m) {
           parallel_rows(args.rows, threads_for(args.rows * args.cols, threads),
                         [&](int64_t begin, int64_t end) { fastrl::gae(args, begin, end); });
         }));
+  m.def("use_openmp", [](uintptr_t gomp_parallel) { torch_openmp = reinterpret_cast<Parallel>(gomp_parallel); },
+        "Run on the threads of this OpenMP runtime (the address of its GOMP_parallel); 0: on threads made for a call.");
   m.def("instruction_sets", &instruction_sets, "Builds of the row kernels that run on this processor, best last.");
   m.def("instruction_set", [] { return std::string(current_kernels->name); }, "The build in use.");
   m.def("use_instruction_set", &use_instruction_set, "Force one of instruction_sets(); ValueError for any other.");

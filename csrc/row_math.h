@@ -125,7 +125,7 @@ struct Partial {
     if (!(to > max)) return;
     if (!empty()) {
       const S shift = static_cast<S>(max) - static_cast<S>(to);
-      const S rescale = exp_of(shift);
+      const S rescale = exp_of_log(shift);
       dot = rescale * (dot + sum * shift);
       sum *= rescale;
     }
@@ -141,9 +141,9 @@ struct Partial {
       FASTRL_LOOP(reduction(+ : strip_sum, strip_dot))
       for (int64_t j = strip; j < end; ++j) {
         const A d = z[j] - shift;
-        const A e = exp_of(d);
+        const A e = exp_of_log(d);
         strip_sum += e;
-        strip_dot += e * (d < A(-1e30) ? A(-1e30) : d);  // a logit of -inf adds 0, not 0 * -inf
+        strip_dot += e * at_least(d, A(-1e30));  // a logit of -inf adds 0, not 0 * -inf
       }
       sum += strip_sum;
       dot += strip_dot;
@@ -188,8 +188,8 @@ struct RowGradient {
   FASTRL_METHOD A operator()(A z, A slope) const {
     const A shifted = z - row_max;
     A g = g_prob;
-    if (kEntropy) g -= g_entropy * ((shifted < A(-1e30) ? A(-1e30) : shifted) - mean);
-    return exp_of(shifted - log_sum) * g * slope;
+    if (kEntropy) g -= g_entropy * (at_least(shifted, A(-1e30)) - mean);
+    return exp_of_log(shifted - log_sum) * g * slope;
   }
 };
 

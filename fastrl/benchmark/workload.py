@@ -7,6 +7,7 @@ that a drift of the clock or a busy neighbour touches all alike, and last the pe
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -181,22 +182,35 @@ def interleaved(
     }  # fmt: skip
 
 
+SHORT = 1e-3  # seconds; a shorter call is timed over this long, or its time would be that of a cold start
+
+
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: the wall clock on the CPU, events around the call's own work on a GPU."""
+    """Seconds of one call: the wall clock on the CPU, events around the call's own work on a GPU.
+
+    A call shorter than `SHORT` is repeated, and the mean is given.
+    """
+    once = _seconds_of(run, device, 1)
+    return once if once >= SHORT else _seconds_of(run, device, math.ceil(SHORT / once))
+
+
+def _seconds_of(run: Callable[[], object], device: torch.device, times: int) -> float:
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         start.record()
-        result = run()
+        for _ in range(times):
+            result = run()
         stop.record()
         torch.cuda.synchronize(device)
         del result
-        return start.elapsed_time(stop) / 1e3
+        return start.elapsed_time(stop) / 1e3 / times
     begin = time.perf_counter()
-    result = run()
+    for _ in range(times):
+        result = run()
     end = time.perf_counter()
-    del result
-    return end - begin
+    del result  # freeing the last one's memory is no part of it
+    return (end - begin) / times
 
 
 def row_of(workload: Workload, entry: Entry) -> dict[str, Any]:

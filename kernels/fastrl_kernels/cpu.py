@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +18,32 @@ from .native import NativeKernels, matrix, pointer
 from .objective import PolicySpec, PolicyTerms, TermSums, TokenBatch
 
 _ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+
+
+@functools.cache
+def torch_openmp() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded (GNU's, LLVM's and Intel's have one), or 0.
+
+    Only one that lies in torch's own folder, or is the only one of the process: two runtimes would make two pools.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:  # not Linux
+        return 0
+    found = {line.split(maxsplit=5)[-1] for line in lines if re.search(r"/lib(gomp|omp|iomp5)[^/]*\.so[^/]*$", line)}
+    runtimes = [path for path in found if Path(torch.__file__).parent in Path(path).parents] or list(found)
+    if len(runtimes) != 1 or not torch.backends.openmp.is_available():
+        return 0
+    try:
+        return ctypes.cast(ctypes.CDLL(runtimes[0]).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+if _openmp := torch_openmp():
+    _C.use_openmp(_openmp)
+    # A pool does not survive a fork, and waiting for its threads would never end.
+    os.register_at_fork(after_in_child=lambda: _C.use_openmp(0))
 
 
 @contextmanager

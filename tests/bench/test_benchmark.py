@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import time
@@ -17,7 +18,7 @@ from fastrl.benchmark import head, peers, plots, problems, scaling, suite, table
 from fastrl.benchmark.head import JOBS, Contender, head_workload, variant
 from fastrl.benchmark.memory import peak_growth
 from fastrl.benchmark.vectors import gae_workload, group_advantages_workload, logits_workload
-from fastrl.benchmark.workload import Effort, Entry, interleaved, measure
+from fastrl.benchmark.workload import Effort, Entry, interleaved, measure, seconds_of
 
 CPU = torch.device("cpu")
 ONCE = Effort(0.0, 1, 1)
@@ -203,11 +204,22 @@ def test_ours_must_be_as_good_as_eager(problem: problems.Problem) -> None:
 
 def test_rounds_are_interleaved_rotated_and_end_with_the_time() -> None:
     calls: list[str] = []
-    runs = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+
+    def run(name: str) -> None:
+        calls.append(name)
+        time.sleep(0.002)  # a shorter call would be repeated
+
+    runs = {name: functools.partial(run, name) for name in "abc"}
     timing = interleaved(runs, CPU, time.monotonic(), Effort(0, 3, 9), silent, slow_beside="a")
     assert "".join(calls[:3]) == "abc" and "".join(calls[3:6]).startswith("b")
     assert all(t["rounds"] >= 2 and t["min_s"] <= t["median_s"] <= t["max_s"] for t in timing.values())
     assert all(t["peak_bytes"] is not None for t in timing.values())
+
+
+def test_a_short_call_is_timed_over_many() -> None:
+    calls: list[None] = []
+    seconds = seconds_of(lambda: calls.append(None), CPU)
+    assert len(calls) > 10 and 0 < seconds < 1e-3
 
 
 def test_slow_ones_are_timed_in_two_rounds() -> None:

@@ -3,6 +3,8 @@ stand-in for the CUDA runtime, which runs them on the CPU."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -217,16 +219,39 @@ def test_same_bits_for_any_number_of_threads(kernels: Any) -> None:
     threads = torch.get_num_threads()
     results = []
     try:
-        for count in (1, 2, 5):
+        for count, openmp in ((1, cpu.torch_openmp()), (2, cpu.torch_openmp()), (5, cpu.torch_openmp()), (3, 0)):
             torch.set_num_threads(count)
+            _C.use_openmp(openmp)  # 0: threads of our own
             stats = kernels.row_stats(tile, ids, LogitTransform(), None, True)
             out = torch.empty_like(tile)
             kernels.row_grad(tile, out, ids, LogitTransform(), None, stats.row_max, stats.log_sum, stats.mean, g, g, g)
             results.append([*stats, out])
     finally:
         torch.set_num_threads(threads)
+        _C.use_openmp(cpu.torch_openmp())
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the row passes have threads of their own")
+def test_runs_on_torchs_threads_and_after_a_fork() -> None:
+    assert not torch.backends.openmp.is_available() or cpu.torch_openmp() != 0
+    program = """
+import os, torch
+from fastrl_kernels import LogitTransform, cpu
+torch.set_num_threads(2)
+tile, ids = torch.randn(512, 3000), torch.zeros(512, dtype=torch.int64)
+def row_pass(): return cpu.row_stats(tile, ids, LogitTransform(), None, False).logps
+def count(): return len(os.listdir("/proc/self/task"))
+torch.mm(tile.t(), tile)  # wakes torch's pool
+before, expected = count(), row_pass()
+assert count() == before, (count(), before)
+child = os.fork()  # whose pool is gone
+if child == 0:
+    os._exit(0 if torch.equal(row_pass(), expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_wrong_arguments_are_named(kernels: Any) -> None:
