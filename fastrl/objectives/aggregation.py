@@ -1,0 +1,106 @@
+"""From the losses of tokens to one number: the only place where a mean over tokens or sequences is defined."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastrl_kernels import validation
+
+from .sequences import Sequences, sequences_of
+
+AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
+
+def aggregation_weights(
+    aggregation: str,
+    mask: Tensor,  # (B, T) or (N,), bool
+    sequences: Sequences,
+    *,
+    normalizer: Tensor | float | None = None,
+    length: float | None = None,
+    eps: float = 0.0,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Weight of each token's loss, so that the loss is `(weights * token_loss).sum()`; exactly 0 outside the mask.
+
+    With n_i the tokens of the mask in sequence i, N their sum and S the number of sequences with n_i > 0:
+
+        token-mean                 1 / N             every token counts alike (DAPO, Yu et al. 2025, eq. 8)
+        token-sum                  1
+        seq-mean-token-sum         1 / S
+        seq-mean-token-mean        1 / (S n_i)       every sequence counts alike (GRPO, Shao et al. 2024, eq. 3)
+        seq-mean-token-sum-norm    1 / (S length)    no bias by length (Dr. GRPO, Liu et al. 2025)
+
+    The names, and S over the sequences that have a token, are verl 0.9's `agg_loss` (OpenRLHF 0.11 has token-mean and
+    seq-mean-token-mean; TRL's S counts every row: pass it as normalizer). Weights of a part of a batch under the
+    normalizer of the whole are those that the whole would have, so any split into micro-batches or ranks sums to the
+    whole batch's loss.
+
+    Args:
+        mask: bool `(B, T)` or `(N,)`.
+        normalizer: global count in place of N (token-mean) or S (seq-*), above 0; None: this batch's own.
+        length: tokens, above 0; the divisor of seq-mean-token-sum-norm, which needs it (verl's default, the padded
+            width T, would change with the micro-batch).
+        eps: added to n_i in seq-mean-token-mean; 1e-8 in verl and OpenRLHF. Nothing else divides by n_i.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: an unknown aggregation; a normalizer that is not above 0 or that token-sum has no use for; a length
+            that is missing, not above 0, or has no use.
+    """
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation: expected one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
+    if aggregation == "token-sum" and normalizer is not None:
+        raise ValueError(f"normalizer: token-sum divides by nothing, got {normalizer!r}")
+    if normalizer is not None and not isinstance(normalizer, Tensor) and not normalizer > 0:
+        raise ValueError(f"normalizer: expected a number above 0, got {normalizer!r}")
+    if aggregation == "seq-mean-token-sum-norm":
+        if length is None or not length > 0:
+            raise ValueError(f"length: seq-mean-token-sum-norm needs a number of tokens above 0, got {length!r}")
+    elif length is not None:
+        raise ValueError(f"length: only seq-mean-token-sum-norm divides by it, not {aggregation}, got {length!r}")
+
+    weights = mask.to(dtype)
+    if aggregation == "token-sum":
+        return weights
+    if aggregation == "token-mean":
+        return weights / (weights.sum().clamp(min=1) if normalizer is None else normalizer)
+    if normalizer is None or aggregation == "seq-mean-token-mean":
+        counts = sequences.counts(mask, dtype)
+    if normalizer is None:
+        normalizer = (counts > 0).to(dtype).sum().clamp(min=1)
+    if aggregation == "seq-mean-token-mean":
+        weights = weights / sequences.spread(counts.clamp(min=1) + eps)
+    return weights / (normalizer if length is None else normalizer * length)
+
+
+def aggregate_loss(
+    token_loss: Tensor,  # (B, T) or (N,)
+    aggregation: str,
+    *,
+    mask: Tensor,  # (B, T) or (N,)
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
+    normalizer: Tensor | float | None = None,
+    length: float | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """One number from the losses (or entropies, or KLs) of tokens, differentiable; 0 where every token is masked.
+
+    Args:
+        token_loss: `(B, T)`, or `(N,)` with cu_seqlens, floating point; never read outside the mask.
+        aggregation, normalizer, length, eps: see `aggregation_weights`.
+        mask: of the same shape, nonzero where the token counts.
+        cu_seqlens: `(B + 1,)` integers, the offsets of packed sequences.
+
+    Raises:
+        ValueError, TypeError: as `aggregation_weights`, or an argument of the wrong shape, dtype or device.
+    """
+    validation.check_floating("token_loss", token_loss)
+    sequences = sequences_of(token_loss, cu_seqlens, "token_loss")
+    checked = validation.check_mask(mask, tuple(token_loss.shape), token_loss.device)
+    assert checked is not None  # only None gives None
+    weights = aggregation_weights(
+        aggregation, checked, sequences, normalizer=normalizer, length=length, eps=eps, dtype=token_loss.dtype
+    )
+    return (weights * torch.where(checked, token_loss, 0.0)).sum()
