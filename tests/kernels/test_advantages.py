@@ -86,7 +86,7 @@ def test_half_precision_and_compile() -> None:
 def test_bad_arguments_are_named() -> None:
     r, g = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
     for bad, match in (
-        ({"baseline": "median"}, "baseline: expected 'mean' or 'leave_one_out', got 'median'"),
+        ({"baseline": "median"}, "baseline: expected one of mean, leave_one_out, best_of_k, got 'median'"),
         ({"scale": True}, "scale: expected"),
         ({"eps": -1.0}, "eps"),
     ):
