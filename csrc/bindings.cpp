@@ -156,6 +156,20 @@ void policy_terms(bool fp64, int64_t rows, int64_t cols, uintptr_t logps, uintpt
                 [&](int64_t begin, int64_t end) { current_kernels->policy_terms(args, begin, end); });
 }
 
+void divergence_rows(bool fp64, int64_t rows, int64_t cols, uintptr_t tile, int64_t stride, uintptr_t ref_tile,
+                     int64_t ref_stride, double temperature, double logit_scale, double softcap, uintptr_t bias,
+                     double ref_temperature, double ref_logit_scale, double ref_softcap, uintptr_t ref_bias, int kind,
+                     double beta, uintptr_t divergence, uintptr_t token_weight, uintptr_t out, int64_t out_stride,
+                     int threads) {
+  const fastrl::DivergenceArgs args{
+      fp64, rows, cols, pointer<void>(tile), stride, pointer<void>(ref_tile), ref_stride,
+      {temperature, logit_scale, softcap, pointer<void>(bias)},
+      {ref_temperature, ref_logit_scale, ref_softcap, pointer<void>(ref_bias)}, static_cast<fastrl::Divergence>(kind), beta,
+      pointer<void>(divergence), pointer<void>(token_weight), pointer<void>(out), out_stride};
+  py::gil_scoped_release release;
+  parallel_rows(rows, threads, [&](int64_t begin, int64_t end) { current_kernels->divergence(args, begin, end); });
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const auto* kernels : usable_row_kernels()) names.emplace_back(kernels->name);
@@ -183,6 +197,7 @@ PYBIND11_MODULE(_C, m) {
           parallel_rows(args.moves, threads, [&](int64_t begin, int64_t end) { current_kernels->grad(args, begin, end); });
         }));
   m.def("policy_terms", &policy_terms);
+  m.def("divergence_rows", &divergence_rows);
   m.def("group_advantages",
         group_advantages<int>([](const fastrl::AdvantageArgs& args, int) { fastrl::group_advantages(args); }));
   m.def("gae", gae<int>([](const fastrl::GaeArgs& args, int threads) {

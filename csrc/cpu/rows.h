@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../rows.h"
+#include "divergence.h"
 #include "policy_terms.h"
 
 namespace fastrl {
@@ -12,6 +13,7 @@ struct RowKernels {
   void (*stats)(const StatsArgs&, int64_t begin, int64_t end);
   void (*grad)(const GradArgs&, int64_t begin, int64_t end);
   void (*policy_terms)(const PolicyTermsArgs&, int64_t begin, int64_t end);
+  void (*divergence)(const DivergenceArgs&, int64_t begin, int64_t end);
 };
 
 const RowKernels& row_kernels_generic();

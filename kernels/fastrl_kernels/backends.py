@@ -62,6 +62,20 @@ class Backend(Protocol):
         self, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, through_mask: bool
     ) -> tuple[Tensor, Tensor]: ...
 
+    def divergence_rows(
+        self,
+        tile: Tensor,
+        ref_tile: Tensor,
+        kind: str,
+        beta: float,
+        transform: LogitTransform,
+        ref_transform: LogitTransform,
+        bias: Tensor | None,
+        ref_bias: Tensor | None,
+        token_weight: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor: ...
+
 
 def triton_interpreted() -> bool:
     """True where Triton runs its kernels in Python on CPU tensors (TRITON_INTERPRET=1)."""

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from . import _C  # type: ignore[attr-defined]
-from .native import NativeKernels, matrix, pointer
+from .head import LogitTransform
+from .native import NativeKernels, matrix, pointer, vector
 from .objective import PolicySpec, PolicyTerms, TermSums, TokenBatch
 
 _ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+_DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 
 @functools.cache
@@ -78,7 +80,8 @@ def policy_terms(
         raise ValueError(f"ref_logps: needed with beta = {spec.beta}")
     rows, cols = shape
     per_row = ("advantages", "gate")
-    given = {k: matrix(k, x, shape, dtype, device, k in per_row) for k, x in vars(tokens).items() if k != "mask"}
+    vectors = ("logps", "entropy", "advantages", "old_logps", "ref_logps", "gate")
+    given = {k: matrix(k, getattr(tokens, k), shape, dtype, device, k in per_row) for k in vectors}
     weights = [matrix("token_weight", token_weight, shape, dtype, device)]
     weights += [matrix("entropy_weight", entropy_weight, shape, dtype, device)]
     names = ("mask of the tokens", "mask", "live")
@@ -98,3 +101,39 @@ def policy_terms(
         spec.kl_times_ratio, spec.sequence, *(pointer(x) for x in made), torch.get_num_threads(),
     )  # fmt: skip
     return made
+
+
+def divergence_rows(
+    tile: Tensor,
+    ref_tile: Tensor,
+    kind: str,
+    beta: float,
+    transform: LogitTransform,
+    ref_transform: LogitTransform,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    token_weight: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Divergence (n,) of a tile (n, V) from another, and its gradient, in place where `out` is the tile; see `reference`."""
+    (n, v), dtype, device = tile.shape, tile.dtype, tile.device
+    for name, x in (("tile", tile), ("ref_tile", ref_tile), ("out", out)):
+        if x is None:
+            continue
+        _native._check_tile(name, x, written=name == "out")
+        if x.shape != tile.shape or x.dtype not in (torch.float32, torch.float64) or x.dtype != dtype:
+            raise ValueError(f"{name}: expected fp32 or fp64 {(n, v)} as tile, got {x.dtype} {tuple(x.shape)}")
+    if (out is None) != (token_weight is None):
+        raise ValueError("token_weight and out go together")
+    bias_, ref_bias_ = vector("bias", bias, v, dtype, device), vector("ref_bias", ref_bias, v, dtype, device)
+    weight = vector("token_weight", token_weight, n, dtype, device)
+    divergence = torch.empty(n, dtype=dtype)
+    if n:
+        _C.divergence_rows(
+            dtype == torch.float64, n, v, tile.data_ptr(), tile.stride(0), ref_tile.data_ptr(), ref_tile.stride(0),
+            transform.temperature, transform.logit_scale, transform.softcap or 0.0, pointer(bias_),
+            ref_transform.temperature, ref_transform.logit_scale, ref_transform.softcap or 0.0, pointer(ref_bias_),
+            _DIVERGENCES[kind], beta, divergence.data_ptr(), pointer(weight), pointer(out),
+            0 if out is None else out.stride(0), torch.get_num_threads(),
+        )  # fmt: skip
+    return divergence

@@ -1,7 +1,7 @@
 """The CUDA C++ backend: the row passes, group advantages and the GAE scan of `csrc/cuda`, on torch's current stream.
 
 It exists where the extension was built with FASTRL_CUDA=on (or auto, on a machine with a driver). Its row passes take
-the tiles that the Triton ones take, but write no wider dtype than the tile's.
+the tiles that the Triton ones take, but write no wider dtype than the tile's. What it lacks is Triton's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import _C  # type: ignore[attr-defined]
 from .native import NativeKernels
@@ -35,3 +36,10 @@ def policy_terms(*args: Any, **options: Any) -> PolicyTerms:
     from .triton import policy_terms as kernel
 
     return kernel(*args, **options)
+
+
+def divergence_rows(*args: Any) -> Tensor:
+    """Divergence of each row of two tiles, by the Triton kernel. See `reference.divergence_rows`."""
+    from .triton import divergence_rows as kernel
+
+    return kernel(*args)

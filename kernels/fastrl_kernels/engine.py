@@ -436,3 +436,35 @@ def single_pass(
     finish_until(0)
     passes.wait_for(passes.record())
     return terms, stats, total.finish(into=weight_grad is not None), skipped
+
+
+def compare(
+    student: Head,
+    teacher: Head,  # of the same rows and the same vocabulary
+    rows: Tensor | None,  # the rows to compare (None: all)
+    kind: str,
+    beta: float,
+    token_weight: Tensor | None,  # (N,); None: no gradient is wanted
+    needs: Needs,
+    plan: Plan,
+) -> tuple[Tensor, Gradients]:
+    """Divergence (N,) of the student's rows from the teacher's, 0 in other rows, and the gradients of its weighted sum.
+
+    Two GEMMs and one row pass per chunk, and two more GEMMs for the student's gradients: 8NDV for two heads of one size.
+    """
+    divergence = student.hidden.new_zeros(student.hidden.shape[0], dtype=student.dtype)
+    total = _Accumulator(student, needs, plan)
+    tile, ref_tile = (_tiles(head, plan, plan.tile_dtype)[0] for head in (student, teacher))
+    for _, part in _chunks(student, rows, plan):
+        x = student.rows(part)
+        products, ref_products = tile[: x.shape[0]], ref_tile[: x.shape[0]]
+        student.project(x, products, plan.weight_block)
+        teacher.project(teacher.rows(part), ref_products, plan.weight_block)
+        out = total.gradient_tile(products, 0) if any(needs) else None
+        divergence[part] = student.backend.divergence_rows(
+            products, ref_products, kind, beta, student.transform, teacher.transform, student.bias, teacher.bias,
+            None if token_weight is None else _take(token_weight, part), out,
+        )  # fmt: skip
+        if out is not None:
+            total.add(out, x, part)
+    return divergence, total.finish()

@@ -109,6 +109,8 @@ class Work:
     kept: bool = False  # "backward": the logits of the forward are still there
     fused_forward: bool = False  # the backend has one for these operands
     memory_budget: int | None = None  # bytes of tiles, None: the device's own
+    tiles: int = 1  # of logits that a row needs at once: 2 where it is compared with that of a second head
+    second_hidden_size: int = 0  # of the second head, whose logits are made and get no gradient
 
 
 _forced: dict[str, Any] = {}  # of the process, because a backward runs in a thread of its own
@@ -205,6 +207,7 @@ def make_plan(work: Work) -> Plan:
     gradients = int(work.hidden_grad) + int(work.weight_grad)
     projections = work.rows + work.scored if work.kind != "backward" else (0 if work.kept else work.rows)
     flops = gemm * (projections + (0 if scoring else gradients * work.rows))
+    flops += 2.0 * work.second_hidden_size * work.vocabulary * projections
     live = f"{work.rows:,} of {work.total:,} rows {'are scored' if scoring else 'carry a gradient'}"
     if work.scored:
         live += f", {work.scored:,} more are scored"
@@ -213,7 +216,8 @@ def make_plan(work: Work) -> Plan:
 
     # Bytes that the row passes move per row: pass 1 reads the logits, pass 2 reads them and writes their gradient.
     passes = 1 if scoring else (2 if work.kind == "backward" else 3)
-    row_pass = passes * work.vocabulary * tile_dtype.itemsize / costs.bandwidth
+    logit_bytes = work.tiles * tile_dtype.itemsize
+    row_pass = passes * work.vocabulary * logit_bytes / costs.bandwidth
     row_gemm = gemm / costs.gemm
 
     if scoring:
@@ -228,7 +232,7 @@ def make_plan(work: Work) -> Plan:
             block = limits.weight_block or work.vocabulary
             return Plan("fused forward", work.rows, 0, block, tile_dtype, 1, 0, seconds, tuple(reasons))
         schedule = "forward only"
-        reasons.append("no gradient is made here: 2NDV")
+        reasons.append("no gradient is made here: 2NDV" if work.tiles == 1 else "no gradient is made here")
     elif work.kind == "single pass":
         schedule = "single pass"
         reasons.append("token-local objective: a chunk is finished before the next begins, logits are made once")
@@ -242,18 +246,21 @@ def make_plan(work: Work) -> Plan:
         absent = [name for name, wanted in (("dX", work.hidden_grad), ("dW", work.weight_grad)) if not wanted]
         if absent:
             reasons.append(f"no {' and no '.join(absent)} wanted: neither its GEMM nor its memory")
+    if work.tiles > 1:
+        reasons.append(f"compared with a second head, D {work.second_hidden_size:,}: its tile shares the budget")
 
     budget, why = limits.tile_bytes, "the caller's" if work.memory_budget is not None else f"{work.device.type}'s"
     if work.kept:
         budget -= work.total * work.vocabulary * accumulate.itemsize
     free = None if work.sharded else free_memory(work.device)
     least = limits.min_rows
-    if free is not None and free * MOST_OF_FREE_MEMORY < max(budget, least * work.vocabulary * tile_dtype.itemsize):
+    if free is not None and free * MOST_OF_FREE_MEMORY < max(budget, least * work.vocabulary * logit_bytes):
         budget, why, least = int(free * MOST_OF_FREE_MEMORY), f"{MOST_OF_FREE_MEMORY:.0%} of the free memory as", 1
 
     lanes = 1
     measured = costs.origin == "measured" or "lanes" in _forced  # two streams only where they were seen to work
-    if schedule == "single pass" and gradients and limits.lanes > 1 and work.rows > least and measured:
+    several = limits.lanes > 1 and work.rows > least and work.tiles == 1
+    if schedule == "single pass" and gradients and several and measured:
         share = row_pass / (row_pass + (1 + gradients) * row_gemm)
         if share >= OVERLAP_FROM:
             lanes = limits.lanes
@@ -261,7 +268,7 @@ def make_plan(work: Work) -> Plan:
     block = work.vocabulary
     if limits.weight_block:
         block = min(block, weight_block(work.hidden_size, work.dtype, limits))
-    if scoring and work.device.type == "cpu":
+    if scoring and work.device.type == "cpu" and work.tiles == 1:
         # No whole row is needed in memory, so some columns serve many rows; for fewer rows more columns, in a tile of
         # the same size, for fewer calls of the row pass.
         most = max(least, min(limits.score_rows, budget // (block * tile_dtype.itemsize)))
@@ -271,13 +278,13 @@ def make_plan(work: Work) -> Plan:
         columns = work.vocabulary
         # A GPU's gradient tile in half precision stands beside an fp32 tile.
         half = 0 if scoring or work.device.type == "cpu" or tile_dtype.itemsize == 2 else work.dtype.itemsize % 4
-        row_bytes = columns * (tile_dtype.itemsize + half) * lanes
+        row_bytes = columns * (logit_bytes + half) * lanes
         most = budget // row_bytes
         most = max(least, most // 64 * 64 if most >= 64 else most)
     rows = work.rows
     chunks = -(-rows // most) if rows else 0
     chunk_rows = -(-rows // chunks) if chunks else 0
-    tile_bytes = chunk_rows * columns * tile_dtype.itemsize * lanes
+    tile_bytes = chunk_rows * columns * logit_bytes * lanes
     reasons.append(
         f"{chunks} chunk{'s' * (chunks != 1)}: at most {most} rows fit {why} budget of {budget / MIB:.0f} MiB"
     )

@@ -6,6 +6,8 @@ has to provide.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,70 @@ def linear_logprobs(
     if bias is not None:
         product = product + bias.to(dtype)
     return logprobs_from_logits(product, ids, transform, mask, entropy)
+
+
+def relative_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats (...) of log-probabilities (..., V); a token of p = 0 adds 0, one of q = 0 alone makes it inf."""
+    p = log_p.exp()
+    return (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1)
+
+
+def _mixture(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log p and log q without infinities, and the log of `(1 - beta) p + beta q`."""
+    log_p, log_q = log_p.clamp(min=-1e30), log_q.clamp(min=-1e30)
+    return log_p, log_q, torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+
+
+def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
+    """Divergence (...) of the student p from the teacher q, log-probabilities (..., V); see `linear_divergence`."""
+    if kind == "forward_kl":
+        return relative_entropy(log_q, log_p)
+    if kind == "reverse_kl":
+        return relative_entropy(log_p, log_q)
+    log_p, log_q, log_m = _mixture(log_p, log_q, beta)
+    return beta * relative_entropy(log_q, log_m) + (1 - beta) * relative_entropy(log_p, log_m)
+
+
+def linear_divergence(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    transform: LogitTransform,
+    ref_hidden: Tensor,  # (N, D2)
+    ref_weight: Tensor,  # (V, D2)
+    ref_bias: Tensor | None,  # (V,)
+    ref_transform: LogitTransform,
+    kind: str,
+    beta: float,
+    mask: Tensor | None = None,  # (N,)
+) -> Tensor:
+    """`divergence` of `log_softmax(hidden @ weight.T + bias)` from the second head, (N,); 0 outside the mask."""
+    n = hidden.shape[0]
+    rows = torch.arange(n, device=hidden.device) if mask is None else mask.nonzero().squeeze(-1)
+    dtype = accumulation_dtype(weight.dtype)
+
+    def log_probs(x: Tensor, w: Tensor, b: Tensor | None, to_logit: LogitTransform) -> Tensor:
+        return transform_logits(x[rows].to(dtype) @ w.to(dtype).T, to_logit, b).log_softmax(-1)
+
+    log_p = log_probs(hidden, weight, bias, transform)
+    log_q = log_probs(ref_hidden, ref_weight, ref_bias, ref_transform)
+    return log_p.new_zeros(n).index_put((rows,), divergence(log_p, log_q, kind, beta))
+
+def linear_topk_logprobs(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    ids: Tensor,  # (N, K)
+    bias: Tensor | None,  # (V,)
+    transform: LogitTransform,
+    mask: Tensor | None = None,  # (N,)
+) -> Tensor:
+    """`log_softmax(hidden @ weight.T + bias).gather(ids)`, (N, K); rows outside the mask are 0, never read."""
+    n, dtype = ids.shape[0], accumulation_dtype(weight.dtype)
+    rows = torch.arange(n, device=ids.device) if mask is None else mask.nonzero().squeeze(-1)
+    z = transform_logits(hidden[rows].to(dtype) @ weight.to(dtype).T, transform, bias)
+    taken = z.log_softmax(-1).gather(-1, ids[rows])
+    return taken.new_zeros(ids.shape).index_put((rows,), taken)
+
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, baseline: str, scale: str, eps: float) -> Tensor:
@@ -178,3 +244,39 @@ def row_grad(
         out.copy_(grad)
     else:
         out[target] = grad.to(out.dtype)
+
+
+def divergence_rows(
+    tile: Tensor,  # (n, V) raw products of the student
+    ref_tile: Tensor,  # (n, V) raw products of the teacher
+    kind: str,
+    beta: float,
+    transform: LogitTransform,
+    ref_transform: LogitTransform,
+    bias: Tensor | None,  # (V,)
+    ref_bias: Tensor | None,  # (V,)
+    token_weight: Tensor | None = None,  # (n,)
+    out: Tensor | None = None,  # (n, V); may be the student's tile; given with token_weight
+) -> Tensor:
+    """`divergence` of each row, (n,); `out` receives `token_weight` times its gradient in the student's raw products."""
+    values = []
+    for start in range(0, tile.shape[0], 16):  # few rows at a time: what is made beside the tiles stays small
+        part = slice(start, start + 16)
+        z = transform_logits(tile[part], transform, bias)
+        log_p = z.log_softmax(-1)
+        log_q = transform_logits(ref_tile[part], ref_transform, ref_bias).log_softmax(-1)
+        values.append(divergence(log_p, log_q, kind, beta))
+        if out is None or token_weight is None:
+            continue
+        p = log_p.exp()
+        if kind == "forward_kl":
+            grad = p - log_q.exp()
+        else:
+            if kind == "jsd":
+                log_p, _, log_q = _mixture(log_p, log_q, beta)
+            gap = torch.where(p == 0, 0.0, log_p - log_q)
+            grad = (1 - beta if kind == "jsd" else 1.0) * p * (gap - (p * gap).sum(-1, keepdim=True))
+        if transform.softcap is not None:
+            grad *= 1 - (z * transform.temperature / transform.softcap) ** 2
+        out[part] = grad * (token_weight[part] * (transform.logit_scale / transform.temperature)).unsqueeze(-1)
+    return torch.cat(values) if values else tile.new_empty(0, dtype=accumulation_dtype(tile.dtype))

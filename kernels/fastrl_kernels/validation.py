@@ -40,31 +40,35 @@ def check_mask(mask: Tensor | None, shape: tuple[int, ...], device: torch.device
     return mask if mask.dtype == torch.bool else mask != 0
 
 
-def check_weight(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> None:
-    """weight (V, D) and bias (V,) against hidden (..., D), and that the weight is really there."""
-    check_floating("hidden", hidden)
+def check_weight(weight: Tensor, bias: Tensor | None, hidden: Tensor, prefix: str = "") -> None:
+    """weight (V, D) and bias (V,) against hidden (..., D), and that the weight is really there.
+
+    prefix: of the names in messages, such as "ref_" for a second head.
+    """
+    check_floating(f"{prefix}hidden", hidden)
     if hidden.ndim < 1:
-        raise ValueError("hidden: expected shape (..., D), got a scalar")
+        raise ValueError(f"{prefix}hidden: expected shape (..., D), got a scalar")
     sharded = "a DTensor" if type(weight).__name__ == "DTensor" else ""
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         sharded = "a ZeRO-3 parameter"
     if sharded:
         raise ValueError(
-            f"weight: {sharded} is sharded outside its module's forward. Compute the loss inside the model's forward "
-            "(fastrl.patch_model does), or gather it first (weight.full_tensor(), deepspeed.zero.GatheredParameters)."
+            f"{prefix}weight: {sharded} is sharded outside its module's forward. Compute the loss inside the model's "
+            "forward (fastrl.patch_model does), or gather it first (weight.full_tensor(), "
+            "deepspeed.zero.GatheredParameters)."
         )
-    check_floating("weight", weight)
+    check_floating(f"{prefix}weight", weight)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         hint = " (a size of 0 means that ZeRO-3 or FSDP holds it elsewhere)" if weight.numel() == 0 else ""
         raise ValueError(
-            f"weight: expected shape (V, {hidden.shape[-1]}) for hidden {tuple(hidden.shape)}, "
+            f"{prefix}weight: expected shape (V, {hidden.shape[-1]}) for {prefix}hidden {tuple(hidden.shape)}, "
             f"got {tuple(weight.shape)}{hint}"
         )
-    check_device("weight", weight, hidden.device)
+    check_device(f"{prefix}weight", weight, hidden.device)
     if bias is not None:
-        check_floating("bias", bias)
-        check_shape("bias", bias, (weight.shape[0],), "one entry per vocabulary row of weight")
-        check_device("bias", bias, hidden.device)
+        check_floating(f"{prefix}bias", bias)
+        check_shape(f"{prefix}bias", bias, (weight.shape[0],), "one entry per vocabulary row of weight")
+        check_device(f"{prefix}bias", bias, hidden.device)
 
 
 def check_run(memory_budget: int | None, grad_tolerance: float, capturable: bool) -> None:
