@@ -139,7 +139,7 @@ def _liger_grpo(key: str, name: str, compiled: bool, tokens_per_chunk: int | Non
         objective, with_reference = job.objective, job.objective.beta != 0
         module = function(
             beta=objective.beta, use_ref_model=with_reference, loss_type="dapo", compiled=compiled, chunk_size=chunk,
-            use_bias_correction_kl=objective.use_bias_correction_kl,
+            use_bias_correction_kl=objective.kl_times_ratio,
         )  # fmt: skip
         return module(
             hidden, weight, p.ids, p.mask.long(), p.advantages, old_per_token_logps=p.old_logps,

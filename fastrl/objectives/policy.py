@@ -1,9 +1,8 @@
-"""Policy-gradient objectives (GRPO and its kin): one definition, on given logps or fused with the LM head."""
+"""The policy loss of an objective: on given log-probabilities, and fused with the LM head."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,349 +10,212 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastrl_kernels import TokenBatch, backends, linear_logprobs, ops, register_objective, validation
+from fastrl_kernels import TokenBatch, backends, linear_divergence_sum, linear_logprobs, ops, validation
 from fastrl_kernels.functional import harmonize
 from fastrl_kernels.head import LogitTransform
-from fastrl_kernels.objective import PolicySpec, weighted_terms
+from fastrl_kernels.objective import weighted_terms
 
-from .kl import KL_ESTIMATORS, kl_estimate
+from .policy_inputs import checked_tokens, clean
+from .policy_metrics import masked_mean
+from .policy_objective import LOSS_TYPES, PolicyObjective
+from .token_selection import by_covariance, entropy_threshold, on_policy
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+__all__ = ["LOSS_TYPES", "LossOutput", "PolicyObjective", "linear_policy_loss", "policy_loss"]
 
 
 class LossOutput(NamedTuple):
     """What a policy loss returns."""
 
     loss: Tensor  # scalar, differentiable
-    logps: Tensor  # (B, T), detached; 0 where a token was not scored
-    metrics: dict[str, Tensor]  # detached scalars, TRL's names
+    logps: Tensor  # (B, T) or (N,), detached; 0 where a token was not scored
+    metrics: dict[str, Tensor]  # detached scalars, TRL's names (a preset's own under that preset)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PolicyObjective:
-    """A clipped policy-gradient objective with optional KL penalty and entropy bonus. Argument names are TRL 1.16's.
-
-    With ratio `c = exp(logps - old_logps)` (per token, or per sequence the geometric mean), advantage A and mask M:
-
-        policy term   L = -min(min(c, delta) A, clip(c, 1 - epsilon, 1 + epsilon_high) A)
-        token loss    gate * L + beta * KL          gate: rollout ratio, off-policy mask, top-entropy mask
-        loss          sum of M * token loss, aggregated by loss_type, - entropy_coef * mean entropy
-
-    loss_type, and what `normalizer` is for it:
-        grpo: mean over tokens, then over sequences (Shao et al. 2024, eq. 3). Normalizer: sequences.
-        bnpo: mean over the tokens of the (micro-)batch. Normalizer: tokens.
-        dr_grpo: sum over tokens / (sequences x max_completion_length) (Liu et al. 2025): no length bias.
-            Normalizer: sequences x max_completion_length.
-        dapo: sum over tokens / tokens of the whole optimizer step (Yu et al. 2025, eq. 8). Normalizer: tokens.
-
-    Args:
-        loss_type: "grpo", "bnpo", "dr_grpo" or "dapo".
-        epsilon: lower clip, at least 0; epsilon_high: upper clip (None: epsilon), DAPO's clip-higher.
-        delta: upper bound of the ratio where A < 0 (two-sided clip, INTELLECT-2), or None.
-        beta: weight of the KL to the reference; 0: no reference is needed.
-        kl_estimator: "k1", "k2" or "k3" (see `kl_estimate`).
-        use_bias_correction_kl: multiply the KL by the ratio, with gradient (DeepSeek-V3.2; TRL's default).
-        importance_sampling_level: "token", or "sequence" (GSPO, Zheng et al. 2025).
-        entropy_coef: weight of the entropy bonus; a negative one penalises entropy.
-        top_entropy_quantile: rho; only the share rho of tokens of highest entropy enters the policy term and the bonus.
-        off_policy_mask_threshold: sequences of negative advantage whose mean `sampling_logps - logps` exceeds it leave
-            the policy term (DeepSeek-V3.2), or None.
-        max_completion_length: tokens, needed by dr_grpo unless a normalizer is given.
-
-    `token_loss` and `metrics` are the definition. A fused kernel proven equal to them (`kernel_spec`) computes both and
-    the gradients in one pass over the tokens.
-
-    A subclass that overrides `token_loss` (plain PyTorch, differentiable) works in every form, single pass included.
-    If it needs other tokens than the one it scores, it also overrides `token_local` to be False.
-
-    Raises:
-        ValueError: an argument out of its range; the message names it.
-    """
-
-    loss_type: str = "dapo"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
-    beta: float = 0.0
-    kl_estimator: str = "k3"
-    use_bias_correction_kl: bool = True
-    importance_sampling_level: str = "token"
-    entropy_coef: float = 0.0
-    top_entropy_quantile: float = 1.0
-    off_policy_mask_threshold: float | None = None
-    max_completion_length: int | None = None
-
-    def __post_init__(self) -> None:
-        def require(name: str, valid: bool, expected: str) -> None:
-            if not valid:
-                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
-
-        require("loss_type", self.loss_type in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}")
-        require("epsilon", self.epsilon >= 0, "a number of at least 0")
-        require("epsilon_high", self.epsilon_high is None or self.epsilon_high >= 0, "None or a number of at least 0")
-        require("delta", self.delta is None or self.delta > 0, "None or a number above 0")
-        require("kl_estimator", self.kl_estimator in KL_ESTIMATORS, f"one of {', '.join(KL_ESTIMATORS)}")
-        level = self.importance_sampling_level
-        require("importance_sampling_level", level in ("token", "sequence"), "'token' or 'sequence'")
-        require("top_entropy_quantile", 0 <= self.top_entropy_quantile <= 1, "a number in [0, 1]")
-        length = self.max_completion_length
-        require("max_completion_length", length is None or length > 0, "None or a number of tokens above 0")
-        object.__setattr__(self, "handle", register_objective(self))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy or an unpickled objective is built anew: it needs a handle of its own.
-        return _rebuild, (type(self), {f.name: getattr(self, f.name) for f in fields(self) if f.init})
-
-    # What the loss of a token depends on ----------------------------------------------------------------------------
-
-    @property
-    def token_local(self) -> bool:
-        """Whether a token's loss depends on its own logp and entropy only, so that a single pass can compute it."""
-        return (
-            self.importance_sampling_level == "token"
-            and self.top_entropy_quantile == 1
-            and self.off_policy_mask_threshold is None
-        )
-
-    def live_tokens(self, *, advantages: Tensor, mask: Tensor, importance_ratio: Tensor | None = None) -> Tensor:
-        """Tokens that may carry a gradient, bool `(B, T)`, known before any forward.
-
-        A token is dead, exactly, when it is masked, or when its advantage (or rollout ratio) is 0 and neither a KL nor
-        an entropy term acts on it. A subclass with its own `token_loss` keeps all tokens of the mask, unless it
-        overrides this too.
-        """
-        live = mask if mask.dtype == torch.bool else mask != 0
-        own_loss = type(self).token_loss is not PolicyObjective.token_loss
-        if own_loss or self.beta != 0 or self.entropy_coef != 0:
-            return live
-        live = live & (_per_token(advantages) != 0)
-        return live if importance_ratio is None else live & (importance_ratio != 0)
-
-    @property
-    def kernel_spec(self) -> PolicySpec | None:
-        """What the fused kernel has to know to stand in for `token_loss` and `metrics`; None where it must not.
-
-        That is where a subclass overrides any method that the kernel would bypass: it has its own definition.
-        """
-        if any(getattr(type(self), name) is not method for name, method in _DEFINITION.items()):
-            return None
-        return PolicySpec(
-            low=1 - self.epsilon,
-            high=1 + self._epsilon_high,
-            delta=math.inf if self.delta is None else self.delta,
-            beta=self.beta,
-            kl_estimator=self.kl_estimator,
-            kl_times_ratio=self.use_bias_correction_kl,
-            sequence=self.importance_sampling_level == "sequence",
-        )
-
-    # The definition -------------------------------------------------------------------------------------------------
-
-    def token_loss(self, tokens: TokenBatch) -> Tensor:
-        """Loss of each token, before aggregation and without the entropy bonus; broadcasts to the shape of logps."""
-        ratio = self._ratio(tokens)
-        advantages = tokens.advantages
-        clipped = torch.clamp(ratio, 1 - self.epsilon, 1 + self._epsilon_high)
-        bounded = ratio if self.delta is None else torch.clamp(ratio, max=self.delta)
-        loss = -torch.min(bounded * advantages, clipped * advantages)
-        if tokens.gate is not None:
-            loss = loss * tokens.gate
-        return loss if self.beta == 0 else loss + self.beta * self._kl(tokens, ratio)
-
-    @property
-    def _epsilon_high(self) -> float:
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
-    def _ratio(self, tokens: TokenBatch) -> Tensor:
-        """Importance ratio: per token, or `(B, 1)` per sequence."""
-        old = tokens.logps.detach() if tokens.old_logps is None else tokens.old_logps
-        log_ratio = tokens.logps - old
-        if self.importance_sampling_level == "sequence":
-            log_ratio = _masked_mean_rows(log_ratio, tokens.mask).unsqueeze(-1)
-        return torch.exp(log_ratio)
-
-    def _kl(self, tokens: TokenBatch, ratio: Tensor) -> Tensor:
-        if tokens.ref_logps is None:
-            raise ValueError(f"ref_logps: needed with beta = {self.beta}")
-        kl = kl_estimate(tokens.logps, tokens.ref_logps, self.kl_estimator)
-        return kl * ratio if self.use_bias_correction_kl else kl
-
-    # Aggregation ----------------------------------------------------------------------------------------------------
-
-    def token_weights(self, mask: Tensor, normalizer: Tensor | float | None, dtype: torch.dtype) -> Tensor:
-        """Weight `(B, T)` of each token's loss in the sum; 0 outside the mask."""
-        ones = mask.to(dtype)
-        if self.loss_type == "grpo":
-            ones = ones / ones.sum(-1, keepdim=True).clamp(min=1)
-        if normalizer is not None:
-            return ones / normalizer
-        if self.loss_type == "grpo":
-            return ones / max(1, ones.shape[0])
-        if self.loss_type == "dr_grpo":
-            if self.max_completion_length is None:
-                raise ValueError("max_completion_length: dr_grpo needs it, or a normalizer")
-            return ones / max(1, ones.shape[0] * self.max_completion_length)
-        return ones / ones.sum().clamp(min=1)
-
-    def entropy_weights(self, mask: Tensor, normalizer: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
-        """Weight `(B, T)` of each token's entropy in the bonus, or None where there is no bonus."""
-        if self.entropy_coef == 0:
-            return None
-        ones = mask.to(dtype)
-        return self.entropy_coef * ones / (ones.sum().clamp(min=1) if normalizer is None else normalizer)
-
-    # Metrics --------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def metrics(self, tokens: TokenBatch, mask: Tensor, live: Tensor) -> dict[str, Tensor]:
-        """TRL's metrics. kl and entropy: means over scored tokens (`tokens.mask`); clip ratios: shares of `mask`."""
-        scored = mask if tokens.mask is None else tokens.mask
-        dtype = tokens.logps.dtype
-        count = mask.sum().clamp(min=1)
-        out = {"live_fraction": live.sum() / count}
-        ratio = self._ratio(tokens)
-        if self.beta != 0:
-            out["kl"] = _masked_mean(self._kl(tokens, ratio), scored)
-        if tokens.entropy is not None:
-            out["entropy"] = _masked_mean(tokens.entropy, scored)
-        if self.delta is not None:
-            ratio = torch.clamp(ratio, max=self.delta)
-        low = (ratio < 1 - self.epsilon) & (tokens.advantages < 0)
-        high = (ratio > 1 + self._epsilon_high) & (tokens.advantages > 0)
-        if self.importance_sampling_level == "sequence" and low.shape[-1] == 1:  # one value per sequence
-            low_rows, high_rows = low.squeeze(-1).to(dtype), high.squeeze(-1).to(dtype)
-            means = [x.to(dtype).mean() for x in (low, high, low | high)]
-        else:
-            low, high = low & scored, high & scored
-            low_rows, high_rows = low.sum(-1) / mask.sum(-1), high.sum(-1) / mask.sum(-1)  # NaN: a fully masked row
-            means = [x.sum() / count for x in (low, high, low | high)]
-        out["clip_ratio/low_mean"], out["clip_ratio/high_mean"], out["clip_ratio/region_mean"] = means
-        out["clip_ratio/low_min"] = -_nan_max(-low_rows)
-        out["clip_ratio/high_max"] = _nan_max(high_rows)
-        return out
-
-
-# The definition that the fused kernel stands in for, as it is here: a subclass or a patch that differs is not bypassed.
-_DEFINITION = {
-    name: getattr(PolicyObjective, name) for name in ("token_loss", "metrics", "_ratio", "_kl", "_epsilon_high")
-}
-
-
-def _rebuild(kind: type[PolicyObjective], arguments: dict[str, Any]) -> PolicyObjective:
-    return kind(**arguments)
-
-
-# The form on given logps --------------------------------------------------------------------------------------------
+# The form on given logps ---------------------------------------------------------------------------------------------
 
 
 def policy_loss(
-    logps: Tensor,  # (B, T)
+    logps: Tensor,  # (B, T) or (N,)
     objective: PolicyObjective,
     *,
-    advantages: Tensor,  # (B,) or (B, T)
-    mask: Tensor,  # (B, T)
-    old_logps: Tensor | None = None,  # (B, T)
-    ref_logps: Tensor | None = None,  # (B, T)
-    entropy: Tensor | None = None,  # (B, T)
-    importance_ratio: Tensor | None = None,  # (B, T) or (B, 1)
-    sampling_logps: Tensor | None = None,  # (B, T)
+    advantages: Tensor,  # (B,) or of the shape of logps
+    mask: Tensor,  # (B, T) or (N,)
+    old_logps: Tensor | None = None,  # (B, T) or (N,)
+    ref_logps: Tensor | None = None,  # (B, T) or (N,)
+    kl: Tensor | None = None,  # (B, T) or (N,)
+    entropy: Tensor | None = None,  # (B, T) or (N,)
+    importance_ratio: Tensor | None = None,  # (B, T), (N,) or (B, 1)
+    sampling_logps: Tensor | None = None,  # (B, T) or (N,)
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
     normalizer: Tensor | float | None = None,
     entropy_normalizer: Tensor | float | None = None,
+    entropy_threshold: Tensor | float | None = None,
+    selected: Tensor | None = None,  # (B, T) or (N,)
     backend: str | None = None,
 ) -> LossOutput:
-    """The policy loss on given log-probabilities; differentiable in logps and entropy, twice if need be.
+    """The policy loss on given log-probabilities; differentiable in logps, entropy and kl, twice if need be.
 
-    In fp32 and fp64 a built-in objective takes one pass over the tokens for loss, gradients and metrics together. Its
-    definition runs under autograd instead for a gradient that will be differentiated again, for an objective with a
-    `token_loss` of its own, in other dtypes and under `torch.func`.
+    In fp32 and fp64 a clipped objective on a padded batch takes one pass over the tokens for loss, gradients and
+    metrics together. The definition runs under autograd instead for other loss types, for packed tokens, for a gradient
+    that will be differentiated again, for an objective with a `token_loss` of its own, in other dtypes and under
+    `torch.func`.
 
     Args:
-        logps: `(B, T)` of the taken tokens under the policy.
+        logps: `(B, T)` of the taken tokens under the policy, or `(N,)` of packed sequences, with cu_seqlens.
         objective: what to compute; see `PolicyObjective`.
-        advantages: `(B,)`, or `(B, T)` per token.
-        mask: `(B, T)`, nonzero where the token counts. Values elsewhere are never used and may be NaN or inf.
+        advantages: `(B,)`, or per token in the shape of logps; `(B,)` is what is read where B = N.
+        mask: nonzero where the token counts. Values elsewhere are never used and may be NaN or inf (but see TRL's vespo
+            in `PolicyObjective`).
         old_logps: under the policy that sampled; None: the policy itself (ratio 1).
         ref_logps: under the reference; needed with beta.
+        kl: exact KL to the reference at each token, in place of ref_logps, with kl_estimator "full".
         entropy: per token, nats; needed with entropy_coef or top_entropy_quantile, else for the metric only.
-        importance_ratio: constant factor of the policy term (rollout-mismatch correction), `(B, T)` or `(B, 1)`.
+        importance_ratio: constant factor of the policy term (rollout-mismatch correction), per token or `(B, 1)`; vespo
+            and gmpo make one weight of a sequence's.
         sampling_logps: logps given by the rollout engine, for the off-policy mask; NaN counts as no difference.
-        normalizer: denominator of the aggregation (its meaning is the loss type's, see `PolicyObjective`). The losses
-            of micro-batches that share the whole batch's normalizer add up to the whole batch's loss. None: this
-            batch's own.
+        cu_seqlens: `(B + 1,)` integers from 0 to N: sequence i is tokens `cu_seqlens[i]:cu_seqlens[i + 1]`.
+        normalizer: denominator of the aggregation: tokens (token-mean), sequences (seq-mean-token-sum and -mean), or
+            sequences times length (seq-mean-token-sum-norm). The losses of micro-batches that share the whole batch's
+            normalizer add up to the whole batch's loss. None: this batch's own.
         entropy_normalizer: tokens over which the bonus averages the entropy. None: this batch's own.
+        entropy_threshold, selected: what the whole batch says of a micro-batch's tokens, so that the losses add up
+            also with a top_entropy_quantile (`fastrl.objectives.entropy_threshold`) and for clip_cov and kl_cov
+            (`covariance_tokens`). None: this batch's own.
         backend: None chooses; "reference" (the definition), "cpu", "triton" force.
 
     Raises:
-        ValueError: a wrong shape, or a missing input that the objective needs.
+        ValueError: a wrong shape, a missing input that the objective needs, or one that it has no use for.
         RuntimeError: the forced backend does not work on this machine; the message says why.
     """
-    if logps.ndim != 2:
-        raise ValueError(f"logps: expected shape (B, T), got {tuple(logps.shape)}")
-    tokens, mask = _check(
-        logps.shape, logps.dtype, logps.device, advantages, mask, old_logps, ref_logps, importance_ratio
-    )
+    if logps.ndim != (2 if cu_seqlens is None else 1):
+        expected = "(B, T), or (N,) with cu_seqlens" if cu_seqlens is None else "(N,) with cu_seqlens"
+        raise ValueError(f"logps: expected shape {expected}, got {tuple(logps.shape)}")
+    tokens, mask = checked_tokens(
+        logps.shape, logps.dtype, logps.device, advantages=advantages, mask=mask, old_logps=old_logps,
+        ref_logps=ref_logps, importance_ratio=importance_ratio, selected=selected, cu_seqlens=cu_seqlens,
+        ratio_inside=objective.surrogate.ratio_inside,
+    )  # fmt: skip
+    if kl is not None and not objective.exact_kl:
+        raise ValueError("kl: only beta with kl_estimator 'full' takes it; the other estimators need ref_logps")
+    for name, x in (("entropy", entropy), ("kl", kl), ("sampling_logps", sampling_logps)):
+        if x is not None:
+            validation.check_shape(name, x, logps.shape, "one per token, as logps")
     tokens = replace(tokens, logps=logps, entropy=entropy, mask=mask)
-    weights = objective.token_weights(mask, normalizer, logps.dtype)
-    live = objective.live_tokens(advantages=advantages, mask=mask, importance_ratio=importance_ratio)
-    name = backends.choose(backend, logps.device)
-    return _evaluate(objective, tokens, mask, live, weights, sampling_logps, entropy_normalizer, name)
+    batch = _Batch(
+        mask=mask,
+        live=_live(objective, tokens, mask),
+        weights=objective.token_weights(mask, normalizer, logps.dtype, tokens.sequences),
+        sampling_logps=sampling_logps,
+        entropy_normalizer=entropy_normalizer,
+        entropy_threshold=entropy_threshold,
+        normalizer=normalizer,
+    )
+    batch.check(objective, tokens)
+    out = _evaluate(objective, tokens, batch, backends.choose(backend, logps.device))
+    if not objective.exact_kl:
+        return out
+    if kl is None:
+        raise ValueError("kl: needed by kl_estimator 'full' (linear_policy_loss computes it from ref_hidden)")
+    kl = torch.where(mask, kl, 0.0).to(logps.dtype)
+    return _with_exact_kl(objective, out, objective.beta * (batch.weights * kl).sum(), kl, mask)
 
 
-def _evaluate(
-    objective: PolicyObjective,
-    tokens: TokenBatch,  # (B, T), with the mask of scored tokens
-    mask: Tensor,  # (B, T): tokens that count
-    live: Tensor,  # (B, T)
-    weights: Tensor,  # (B, T)
-    sampling_logps: Tensor | None,
-    entropy_normalizer: Tensor | float | None,
-    backend: str,
-) -> LossOutput:
-    scored = tokens.mask
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """What a form knows of its batch beside the tokens' values."""
+
+    mask: Tensor  # tokens that count
+    live: Tensor  # tokens that may carry a gradient
+    weights: Tensor  # of each token's loss
+    sampling_logps: Tensor | None
+    entropy_normalizer: Tensor | float | None
+    entropy_threshold: Tensor | float | None
+    normalizer: Tensor | float | None
+
+    def check(self, objective: PolicyObjective, tokens: TokenBatch) -> None:
+        """Refuses what the objective has no use for."""
+        if self.entropy_threshold is not None and objective.top_entropy_quantile == 1:
+            raise ValueError("entropy_threshold: only a top_entropy_quantile below 1 has one")
+        if tokens.selected is not None and not objective.surrogate.covariance:
+            raise ValueError(f"selected: only clip_cov and kl_cov select tokens, not {objective.loss_type}")
+        if self.entropy_normalizer is not None and objective.conventions.entropy_as_policy:
+            raise ValueError(
+                f"entropy_normalizer: preset {objective.preset!r} aggregates the entropy as the policy term, by normalizer"
+            )
+
+    def bonus_weights(self, objective: PolicyObjective, chosen: Tensor) -> Tensor | None:
+        """Weight of each token's entropy in the bonus, or None where there is none."""
+        if objective.conventions.entropy_as_policy and objective.entropy_coef != 0:
+            return objective.entropy_coef * torch.where(chosen, self.weights, 0.0)
+        return objective.entropy_weights(chosen, self.entropy_normalizer, self.weights.dtype)
+
+
+def _live(objective: PolicyObjective, tokens: TokenBatch, mask: Tensor) -> Tensor:
+    return objective.live_tokens(advantages=tokens.advantages, mask=mask, importance_ratio=tokens.gate)
+
+
+def _evaluate(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, backend: str) -> LossOutput:
+    scored, entry = tokens.mask, objective.surrogate
     assert scored is not None  # both callers set it
-
-    def clean(x: Tensor | None) -> Tensor | None:  # so that 0 * inf can't happen, in values and in gradients
-        return x if x is None or x.shape != scored.shape else torch.where(scored, x, 0.0)
-
     logps = torch.where(scored, tokens.logps, 0.0)
+    constants = replace(tokens, logps=logps, old_logps=clean(tokens.old_logps, scored))
     bonus_mask = scored
     if objective.top_entropy_quantile < 1:
-        bonus_mask = _top_entropy(_needed(tokens.entropy, "entropy", "top_entropy_quantile"), scored, objective)
-        tokens = replace(tokens, gate=_times(clean(tokens.gate), bonus_mask.to(logps.dtype)))
+        if tokens.entropy is None:
+            raise ValueError("entropy: needed by top_entropy_quantile")
+        threshold = batch.entropy_threshold
+        if threshold is None:
+            threshold = entropy_threshold(tokens.entropy, scored, objective.top_entropy_quantile)
+        bonus_mask = scored & (tokens.entropy.detach() >= threshold)
+        tokens = replace(tokens, gate=_times(clean(tokens.gate, scored), bonus_mask.to(logps.dtype)))
     if objective.off_policy_mask_threshold is not None:
-        cleaned = replace(tokens, logps=logps, old_logps=clean(tokens.old_logps))
-        keep = _on_policy(cleaned, clean(sampling_logps), objective.off_policy_mask_threshold)
-        tokens = replace(tokens, gate=_times(clean(tokens.gate), keep.to(logps.dtype)))
-    bonus_weights = objective.entropy_weights(bonus_mask, entropy_normalizer, logps.dtype)
+        keep = on_policy(constants, clean(batch.sampling_logps, scored), objective.off_policy_mask_threshold)
+        tokens = replace(tokens, gate=_times(clean(tokens.gate, scored), keep.to(logps.dtype)))
+    if entry.covariance and tokens.selected is None:
+        tokens = replace(tokens, selected=by_covariance(objective, constants))
+    bonus_weights = batch.bonus_weights(objective, bonus_mask)
     if bonus_weights is not None and tokens.entropy is None:
         raise ValueError("entropy: needed by entropy_coef")
-    if _kernel_serves(objective, tokens, weights, bonus_weights, backend):
+    if _kernel_serves(objective, tokens, batch.weights, bonus_weights, backend):
         if bonus_weights is None and tokens.entropy is not None:
             tokens = replace(tokens, entropy=tokens.entropy.detach())  # no edge of the graph where no gradient flows
         differentiable = (x for x in (tokens.logps, tokens.entropy) if x is not None)
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
-        loss, sums, *_ = _policy_terms(objective, tokens, mask, live, weights, bonus_weights, gradients, backend)
+        loss, sums, *_ = _policy_terms(objective, tokens, batch, bonus_weights, gradients, backend)
         metrics, policy = _metrics_from_sums(objective, tokens, sums)
         metrics["policy_loss"] = policy
         return LossOutput(loss, logps.detach(), metrics)
-    tokens = TokenBatch(
-        logps,
-        clean(tokens.entropy),
-        clean(tokens.advantages),  # type: ignore[arg-type]
-        clean(tokens.old_logps),
-        clean(tokens.ref_logps),
-        clean(tokens.gate),
-        scored,
-    )
-    loss = policy = weighted_terms(objective, tokens, weights, None).sum()
-    metrics = objective.metrics(tokens, mask, live)
+    vectors = ("entropy", "advantages", "ref_logps", "gate")
+    given: dict[str, Any] = {name: clean(getattr(tokens, name), scored) for name in vectors}
+    tokens = replace(tokens, logps=logps, old_logps=constants.old_logps, **given)
+    loss = policy = weighted_terms(objective, tokens, batch.weights, None).sum()
+    if entry.empty_loss and objective.aggregation in (None, entry.aggregation):
+        loss = policy = policy + _empty_sequences(tokens, batch)
+    metrics = objective.metrics(tokens, batch.mask, batch.live)
     metrics["policy_loss"] = policy.detach()
     if bonus_weights is not None and tokens.entropy is not None:
         loss = policy - (tokens.entropy * bonus_weights).sum()
     return LossOutput(loss, logps.detach(), metrics)
 
 
-# The fused kernel on [B, T] vectors ---------------------------------------------------------------------------------
+def _empty_sequences(tokens: TokenBatch, batch: _Batch) -> Tensor:
+    """TRL's term of sequences without tokens: ratio 1, so -A each; a constant."""
+    sequences = tokens.sequences
+    empty = sequences.counts(batch.mask, tokens.logps.dtype) == 0
+    denominator = max(1, sequences.count) if batch.normalizer is None else batch.normalizer
+    if not tokens.per_sequence or tokens.advantages.ndim == 1:  # its advantage is not known
+        return tokens.logps.new_zeros(())
+    return -torch.where(empty, tokens.advantages.squeeze(-1), 0.0).sum() / denominator
+
+
+def _with_exact_kl(objective: PolicyObjective, out: LossOutput, term: Tensor, kl: Tensor, mask: Tensor) -> LossOutput:
+    """The loss with the term of an exact KL, which is of each token as given."""
+    metrics = {**out.metrics, "kl": masked_mean(kl.detach(), mask)}
+    metrics["policy_loss"] = metrics["policy_loss"] + term.detach()
+    return LossOutput(out.loss + term, out.logps, metrics)
+
+
+# The fused kernel on [B, T] vectors ----------------------------------------------------------------------------------
 
 
 def _kernel_serves(
@@ -364,7 +226,7 @@ def _kernel_serves(
     backend: str,
 ) -> bool:
     """Whether the backend's `policy_terms` may stand in for the definition: its dtypes, and no functional transform."""
-    if backend == "reference" or objective.kernel_spec is None:
+    if backend == "reference" or objective.kernel_spec is None or tokens.logps.ndim != 2:
         return False
     dtype = tokens.logps.dtype
     vectors = (tokens.entropy, weights, bonus_weights)
@@ -377,19 +239,17 @@ def _kernel_serves(
 def _policy_terms(
     objective: PolicyObjective,
     tokens: TokenBatch,  # (B, T)
-    mask: Tensor,
-    live: Tensor,
-    weights: Tensor,
+    batch: _Batch,
     bonus_weights: Tensor | None,
     gradients: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    if objective.beta != 0 and tokens.ref_logps is None:
+    if objective.sampled_kl and tokens.ref_logps is None:
         raise ValueError(f"ref_logps: needed with beta = {objective.beta}")
     run = ops.policy_terms if torch.compiler.is_compiling() else ops.PolicyTermsFunction.apply
     return run(
         tokens.logps, tokens.entropy, tokens.advantages, tokens.old_logps, tokens.ref_logps, tokens.gate, tokens.mask,
-        mask, live, weights, bonus_weights, objective.handle, gradients, backend,  # type: ignore[attr-defined]
+        batch.mask, batch.live, batch.weights, bonus_weights, objective.handle, gradients, backend,  # type: ignore[attr-defined]
     )  # fmt: skip
 
 
@@ -403,14 +263,14 @@ def _metrics_from_sums(
     total = sums.sum(0)  # few operations on few numbers: on a small batch each costs as much as the kernel
     shares = total[6:9] / total[5].clamp(min=1)  # live, low, high
     rates = sums[:, 7:9]
-    if objective.importance_sampling_level == "sequence" and tokens.advantages.shape[-1] == 1:
+    if objective.sequence_ratio and tokens.advantages.shape[-1] == 1:
         clip_dtype, clipped = dtype, rates.mean(0)
     else:
         clip_dtype, clipped = share, shares[1:]
         rates = rates / sums[:, 5:6]  # NaN: a fully masked row
     out = {"live_fraction": shares[0].to(share)}
     kl, entropy = (total[2:4] / total[4].clamp(min=1)).to(dtype).unbind()
-    if objective.beta != 0:
+    if objective.sampled_kl:
         out["kl"] = kl
     if tokens.entropy is not None:
         out["entropy"] = entropy
@@ -425,27 +285,33 @@ def _metrics_from_sums(
     return out, total[0].to(dtype)
 
 
-# The fused form -----------------------------------------------------------------------------------------------------
+# The fused form ------------------------------------------------------------------------------------------------------
 
 
 def linear_policy_loss(
-    hidden: Tensor,  # (B, T, D)
+    hidden: Tensor,  # (B, T, D) or (N, D)
     weight: Tensor,  # (V, D)
-    ids: Tensor,  # (B, T)
+    ids: Tensor,  # (B, T) or (N,)
     objective: PolicyObjective,
     *,
-    advantages: Tensor,  # (B,) or (B, T)
-    mask: Tensor,  # (B, T)
-    old_logps: Tensor | None = None,  # (B, T)
-    ref_logps: Tensor | None = None,  # (B, T)
-    importance_ratio: Tensor | None = None,  # (B, T) or (B, 1)
-    sampling_logps: Tensor | None = None,  # (B, T)
+    advantages: Tensor,  # (B,) or of the shape of ids
+    mask: Tensor,  # (B, T) or (N,)
+    old_logps: Tensor | None = None,  # (B, T) or (N,)
+    ref_logps: Tensor | None = None,  # (B, T) or (N,)
+    importance_ratio: Tensor | None = None,  # (B, T), (N,) or (B, 1)
+    sampling_logps: Tensor | None = None,  # (B, T) or (N,)
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
     normalizer: Tensor | float | None = None,
     entropy_normalizer: Tensor | float | None = None,
+    entropy_threshold: Tensor | float | None = None,
+    selected: Tensor | None = None,  # (B, T) or (N,)
     bias: Tensor | None = None,  # (V,)
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    ref_hidden: Tensor | None = None,  # (B, T, D') or (N, D')
+    ref_weight: Tensor | None = None,  # (V, D')
+    ref_bias: Tensor | None = None,  # (V,)
     score_dead: bool = False,
     tp_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
@@ -462,18 +328,22 @@ def linear_policy_loss(
     A token-local objective takes a single pass: each chunk of live rows is projected, its coefficients come from
     `objective.token_loss`, and its gradients are finished before the next chunk: 6lNDV FLOPs, l being the share of live
     tokens (`PolicyObjective.live_tokens`; dead ones cost nothing, or 2NDV more with score_dead). Otherwise (sequence
-    ratio, off-policy mask, entropy quantile) it is `linear_logprobs` and `policy_loss`: (2 + 6l)NDV. Without a gradient
-    (`torch.no_grad`) only the 2NDV of the logits are spent; a frozen weight has no dW, neither time nor memory.
+    ratio, vespo, gmpo, clip_cov, kl_cov, off-policy mask, entropy quantile) it is `linear_logprobs` and `policy_loss`:
+    (2 + 6l)NDV. Without a gradient (`torch.no_grad`) only the 2NDV of the logits are spent; a frozen weight has no dW,
+    neither time nor memory. kl_estimator "full" is a further pass over both heads.
 
     Beside inputs and gradients it holds one tile of logits, 48 MiB on the CPU and 512 MiB on a GPU, but at least 128
     rows (see memory_budget); for a half-precision weight also dW in fp32. The gradients are made in the forward; the
     first backward scales them in place and hands them over (a second one, after retain_graph, computes them again).
 
     Args:
-        hidden: `(B, T, D)`, fp32, fp64, bf16 or fp16: `hidden[b, t]` scores `ids[b, t]`.
+        hidden: `(B, T, D)`, or `(N, D)` of packed sequences with cu_seqlens; fp32, fp64, bf16 or fp16: `hidden[b, t]`
+            scores `ids[b, t]`.
         weight: `(V, D)` LM head; bias: `(V,)`; temperature, logit_scale, softcap, tp_group, backend: see
             `linear_logprobs`.
-        ids: `(B, T)` integers in `[0, V)` where the mask is set, anything elsewhere.
+        ids: `(B, T)` or `(N,)` integers in `[0, V)` where the mask is set, anything elsewhere.
+        ref_hidden, ref_weight, ref_bias: the reference's hidden states, `(B, T, D')` or `(N, D')`, and head; needed by
+            kl_estimator "full", constants. Temperature, logit_scale and softcap apply to both heads.
         score_dead: also score tokens that carry no gradient. Otherwise their logps are 0 and they do not enter the
             entropy metric.
         weight_grad: `(V, D)` fp32 (fp64 for fp64 inputs), such as an fp32 weight's `.grad` or Megatron's `main_grad`:
@@ -490,22 +360,38 @@ def linear_policy_loss(
         The rest: see `policy_loss`.
 
     Returns:
-        LossOutput: loss (fp32, or fp64 for fp64 inputs); logps `(B, T)`, detached; metrics.
+        LossOutput: loss (fp32, or fp64 for fp64 inputs); logps `(B, T)` or `(N,)`, detached; metrics.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `linear_logprobs` and `policy_loss`.
     """
-    if hidden.ndim != 3:
-        raise ValueError(f"hidden: expected shape (B, T, D), got {tuple(hidden.shape)}")
+    if hidden.ndim != (3 if cu_seqlens is None else 2):
+        expected = "(B, T, D)" if cu_seqlens is None else "(N, D) with cu_seqlens"
+        raise ValueError(f"hidden: expected shape {expected}, got {tuple(hidden.shape)}")
     validation.check_weight(weight, bias, hidden)
     validation.check_ids(ids, tuple(hidden.shape[:-1]), hidden.device)
     validation.check_run(memory_budget, grad_tolerance, capturable)
     hidden, weight, bias = harmonize(hidden, weight, bias)
     shape, device = ids.shape, hidden.device
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    tokens, mask = _check(shape, dtype, device, advantages, mask, old_logps, ref_logps, importance_ratio)
-    weights = objective.token_weights(mask, normalizer, dtype)
-    live = objective.live_tokens(advantages=advantages, mask=mask, importance_ratio=importance_ratio)
+    tokens, mask = checked_tokens(
+        shape, dtype, device, advantages=advantages, mask=mask, old_logps=old_logps, ref_logps=ref_logps,
+        importance_ratio=importance_ratio, selected=selected, cu_seqlens=cu_seqlens,
+        ratio_inside=objective.surrogate.ratio_inside,
+    )  # fmt: skip
+    if sampling_logps is not None:
+        validation.check_shape("sampling_logps", sampling_logps, shape, "one per token, as ids")
+    live = _live(objective, tokens, mask)
+    batch = _Batch(
+        mask=mask,
+        live=live,
+        weights=objective.token_weights(mask, normalizer, dtype, tokens.sequences),
+        sampling_logps=sampling_logps,
+        entropy_normalizer=entropy_normalizer,
+        entropy_threshold=entropy_threshold,
+        normalizer=normalizer,
+    )
+    batch.check(objective, tokens)
     name = backends.choose(backend, device)
     head = {"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
     run = {"memory_budget": memory_budget, "capturable": capturable, "explain": explain}
@@ -513,15 +399,18 @@ def linear_policy_loss(
         validation.check_weight_grad(weight_grad, weight, dtype)
         if not (torch.is_grad_enabled() and weight.requires_grad):
             raise ValueError("weight_grad: dW would be added where no gradient of weight is wanted")
-        if not objective.token_local or name == "reference":
+        if not objective.token_local or objective.exact_kl or name == "reference":
             raise ValueError("weight_grad: only a token-local objective makes dW in the forward, and not the reference")
+    if not objective.exact_kl and (ref_hidden is not None or ref_weight is not None or ref_bias is not None):
+        raise ValueError("ref_hidden, ref_weight, ref_bias: only beta with kl_estimator 'full' reads a reference's head")
 
     if not objective.token_local or name == "reference":
         scored = live
-        if score_dead or objective.top_entropy_quantile < 1:
+        if score_dead or objective.top_entropy_quantile < 1 or objective.surrogate.covariance:
             scored = mask
         elif not objective.token_local:  # a live token needs its whole sequence
-            scored = live.any(-1, keepdim=True) & mask
+            sequences = tokens.sequences
+            scored = (sequences.spread(sequences.counts(live, dtype)) > 0) & mask
         stats = linear_logprobs(
             hidden, weight, ids, mask=scored, entropy=True, tp_group=tp_group, backend=backend,
             grad_tolerance=grad_tolerance, **head, **run,  # type: ignore[arg-type]
@@ -529,10 +418,48 @@ def linear_policy_loss(
         assert stats.entropy is not None
         entropy = stats.entropy if objective.entropy_coef != 0 else stats.entropy.detach()
         tokens = replace(tokens, logps=stats.logps, entropy=entropy, mask=scored)
-        return _evaluate(objective, tokens, mask, live, weights, sampling_logps, entropy_normalizer, name)
+        out = _evaluate(objective, tokens, batch, name)
+    else:
+        out = _single_pass(
+            objective, tokens, batch, hidden, weight, ids, head, run, needs_dead=score_dead, weight_grad=weight_grad,
+            tp_group=tp_group, grad_tolerance=grad_tolerance, backend=name,
+        )  # fmt: skip
+    if not objective.exact_kl:
+        return out
+    if ref_hidden is None or ref_weight is None:
+        raise ValueError("ref_hidden, ref_weight: needed by kl_estimator 'full'")
+    if tp_group is not None:
+        raise ValueError("tp_group: kl_estimator 'full' does not work on shards of the vocabulary")
+    term, kl = linear_divergence_sum(
+        hidden, weight, ref_hidden, ref_weight, objective.beta * batch.weights, kind="reverse_kl", ref_bias=ref_bias,
+        ref_logit_scale=logit_scale, ref_softcap=softcap, backend=backend, memory_budget=memory_budget, **head,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return _with_exact_kl(objective, out, term, kl, mask)
 
-    transform = LogitTransform(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
-    bonus = objective.entropy_weights(mask, entropy_normalizer, dtype)
+
+def _single_pass(
+    objective: PolicyObjective,
+    tokens: TokenBatch,
+    batch: _Batch,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    head: dict[str, Any],
+    run: dict[str, Any],
+    *,
+    needs_dead: bool,
+    weight_grad: Tensor | None,
+    tp_group: dist.ProcessGroup | None,
+    grad_tolerance: float,
+    backend: str,
+) -> LossOutput:
+    """Loss and gradients chunk by chunk: `token_loss` sees each chunk once, as vectors."""
+    shape, mask, live, bias = ids.shape, batch.mask, batch.live, head["bias"]
+    softcap = head["softcap"]
+    transform = LogitTransform(
+        float(head["temperature"]), float(head["logit_scale"]), None if softcap is None else float(softcap)
+    )
+    bonus = batch.bonus_weights(objective, mask)
     grad = torch.is_grad_enabled()
     needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
 
@@ -540,11 +467,11 @@ def linear_policy_loss(
         return None if x is None else x.expand(shape).reshape(-1)
 
     constants = (tokens.advantages, tokens.old_logps, tokens.ref_logps, tokens.gate)
-    vectors = (weights.reshape(-1), *(flat(x) for x in (bonus, *constants)))
-    rows = (ids.reshape(-1).to(torch.int64), live.reshape(-1), (mask & ~live).reshape(-1) if score_dead else None)
+    vectors = (batch.weights.reshape(-1), *(flat(x) for x in (bonus, *constants)))
+    rows = (ids.reshape(-1).to(torch.int64), live.reshape(-1), (mask & ~live).reshape(-1) if needs_dead else None)
     settings = (
         objective.handle, True, *needs, float(grad_tolerance), transform.temperature, transform.logit_scale,  # type: ignore[attr-defined]
-        transform.softcap, name, "" if tp_group is None else tp_group.group_name, *run.values(),
+        transform.softcap, backend, "" if tp_group is None else tp_group.group_name, *run.values(),
     )  # fmt: skip
     states = hidden.reshape(-1, hidden.shape[-1])
     if weight_grad is None:
@@ -554,9 +481,9 @@ def linear_policy_loss(
         outputs = ops.PolicyLossInto.apply(states, weight, bias, *rows, *vectors, weight_grad, *settings)
         loss, logps, entropy, skipped = outputs
     logps, entropy = logps.view(shape).detach(), entropy.view(shape).detach()
-    tokens = replace(tokens, logps=logps, entropy=entropy, mask=mask if score_dead else live)
-    if _kernel_serves(objective, tokens, weights, None, name):
-        _, sums, *_ = _policy_terms(objective, tokens, mask, live, weights, None, False, name)
+    tokens = replace(tokens, logps=logps, entropy=entropy, mask=mask if needs_dead else live)
+    if _kernel_serves(objective, tokens, batch.weights, None, backend):
+        _, sums, *_ = _policy_terms(objective, tokens, batch, None, False, backend)
         metrics, _ = _metrics_from_sums(objective, tokens, sums)
     else:
         metrics = objective.metrics(tokens, mask, live)
@@ -568,92 +495,5 @@ def linear_policy_loss(
     return LossOutput(loss, logps, metrics)
 
 
-# Pieces -------------------------------------------------------------------------------------------------------------
-
-
-def _check(
-    shape: torch.Size,
-    dtype: torch.dtype,
-    device: torch.device,
-    advantages: Tensor,
-    mask: Tensor,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    importance_ratio: Tensor | None,
-) -> tuple[TokenBatch, Tensor]:
-    """The constants of a batch, checked and cast (logps stand in by advantages until they are known), and its mask."""
-    b, t = shape
-    checked = validation.check_mask(mask, (b, t), device)
-    if checked is None:
-        raise ValueError("mask: expected a (B, T) tensor, got None")
-    if advantages.shape not in ((b,), (b, t)):
-        raise ValueError(f"advantages: expected shape ({b},) or ({b}, {t}), got {tuple(advantages.shape)}")
-    for name, x in (("old_logps", old_logps), ("ref_logps", ref_logps)):
-        if x is not None:
-            validation.check_shape(name, x, (b, t), "one per token, as logps and ids")
-    if importance_ratio is not None and importance_ratio.shape not in ((b, t), (b, 1)):
-        raise ValueError(
-            f"importance_ratio: expected shape ({b}, {t}) or ({b}, 1), got {tuple(importance_ratio.shape)}"
-        )
-    inputs = {
-        "advantages": advantages,
-        "old_logps": old_logps,
-        "ref_logps": ref_logps,
-        "importance_ratio": importance_ratio,
-    }
-    for name, x in inputs.items():
-        if x is not None:
-            validation.check_device(name, x, device)
-
-    def constant(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.detach().to(dtype)
-
-    adv = _per_token(advantages).detach().to(dtype)
-    return TokenBatch(adv, None, adv, constant(old_logps), constant(ref_logps), constant(importance_ratio)), checked
-
-
-def _per_token(advantages: Tensor) -> Tensor:
-    return advantages.unsqueeze(-1) if advantages.ndim == 1 else advantages
-
-
-def _needed(x: Tensor | None, name: str, by: str) -> Tensor:
-    if x is None:
-        raise ValueError(f"{name}: needed by {by}")
-    return x
-
-
 def _times(gate: Tensor | None, factor: Tensor) -> Tensor:
     return factor if gate is None else gate * factor
-
-
-def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def _masked_mean_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return x.mean(-1)
-    return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
-
-
-def _nan_max(x: Tensor) -> Tensor:
-    """Maximum of the entries that are not NaN; NaN where there is none."""
-    if x.numel() == 0:
-        return x.new_full((), torch.nan)
-    most = torch.where(x.isnan(), -torch.inf, x).amax()
-    return torch.where(x.isnan().all(), torch.nan, most)
-
-
-def _top_entropy(entropy: Tensor, mask: Tensor, objective: PolicyObjective) -> Tensor:
-    """Tokens of the mask whose entropy is at least the (1 - rho) quantile (linear, in fp32, as TRL) over the mask."""
-    values = torch.where(mask, entropy.detach().float(), torch.nan).flatten()
-    threshold = torch.nanquantile(values, 1 - objective.top_entropy_quantile)
-    return mask & (entropy.detach() >= threshold)
-
-
-def _on_policy(tokens: TokenBatch, sampling_logps: Tensor | None, threshold: float) -> Tensor:
-    """Where the policy term stays: advantage not negative, or the sequence's mean log-ratio within the threshold."""
-    logps = tokens.logps.detach()
-    behaviour = tokens.old_logps if sampling_logps is None else sampling_logps
-    drift = torch.zeros_like(logps) if behaviour is None else torch.nan_to_num(behaviour - logps, nan=0.0)
-    return (tokens.advantages >= 0) | (_masked_mean_rows(drift, tokens.mask).unsqueeze(-1) <= threshold)

@@ -13,6 +13,9 @@ from transformers.utils import is_torch_bf16_gpu_available
 from fastrl.objectives import PolicyObjective
 from fastrl.rollout import SamplingParams
 
+# The loss types whose normalizers `micro_batches.normalized` knows.
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+
 # Arguments of TRL's that this version refuses to be given another value than this one, their default.
 NOT_SUPPORTED_YET: dict[str, Any] = {
     "cast_lm_head_to_fp32": False,
@@ -240,7 +243,7 @@ class GRPOConfig(TrainingArguments):
 
     def objective(self) -> PolicyObjective:
         """The objective that these arguments describe; the adaptive coefficient is the trainer's to put in."""
-        names = [item.name for item in fields(PolicyObjective) if item.init]
+        names = [item.name for item in fields(PolicyObjective) if item.init and hasattr(self, item.name)]
         return PolicyObjective(**{name: getattr(self, name) for name in names})
 
     def sampling_params(self) -> SamplingParams:
@@ -288,6 +291,8 @@ class GRPOConfig(TrainingArguments):
             if not valid:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
+        require("loss_type", self.loss_type in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}")
+        require("kl_estimator", self.kl_estimator != "full", "an estimate from tokens ('full' needs the reference's head)")
         require("num_generations", self.num_generations >= 2, "at least 2 completions per prompt")
         require("num_iterations", self.num_iterations >= 1, "at least 1")
         require("tokens_per_pass", self.tokens_per_pass is None or self.tokens_per_pass >= 1, "None or at least 1")

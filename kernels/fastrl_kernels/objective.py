@@ -6,7 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Per-token inputs of an objective, all of one shape `[...]`: `[B, T]` from a trainer, `[n]` inside a chunk.
+    """Per-token inputs of an objective, all of one shape `[...]`: `[B, T]` or packed `[N]` from a trainer, `[n]` inside
+    a chunk.
 
-    `advantages` and `gate` may also be `[B, 1]`. Everything but `logps` and `entropy` is constant.
+    In a padded batch `advantages`, `gate` and `importance_ratio` may also be `[B, 1]`. Everything but `logps` and
+    `entropy` is constant. What follows `mask` is for objectives that are not token-local: inside a chunk it is unset.
     """
 
     logps: Tensor  # log-probability of the taken token under the policy
@@ -26,6 +28,10 @@ class TokenBatch:
     ref_logps: Tensor | None = None
     gate: Tensor | None = None  # factor of the policy term: rollout-mismatch ratio times any token mask
     mask: Tensor | None = None  # bool; None where every token counts (inside a chunk)
+    sequences: Any = None  # how the tokens form sequences, as the objective knows it; None: rows of a padded batch
+    per_sequence: bool = False  # advantages hold one value for all tokens of a sequence
+    importance_ratio: Tensor | None = None  # the rollout-mismatch ratio, where it is not a factor and not in the gate
+    selected: Tensor | None = None  # bool: the tokens that a statistic of the whole batch has picked
 
 
 class TokenObjective(Protocol):
@@ -142,7 +148,7 @@ def coefficients(
     """
     spec: PolicySpec | None = getattr(objective, "kernel_spec", None)
     if kernel is not None and spec is not None:
-        row = TokenBatch(*(None if x is None else x.unsqueeze(0) for x in vars(tokens).values()))  # type: ignore[arg-type]
+        row = replace(tokens, **{k: x.unsqueeze(0) for k, x in vars(tokens).items() if isinstance(x, Tensor)})
         bonus = None if entropy_weight is None else entropy_weight.unsqueeze(0)
         made = kernel(spec, row, weight.unsqueeze(0), bonus, sums=False)
         assert made.terms is not None and made.grad_logps is not None  # they were asked for

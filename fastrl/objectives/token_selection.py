@@ -1,0 +1,106 @@
+"""Which tokens a policy term acts on, where that depends on other tokens than the one in question."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastrl_kernels import TokenBatch
+
+from .policy_inputs import checked_tokens, clean
+from .surrogates import mask_of, ratio_clipped, sequences_in
+
+if TYPE_CHECKING:
+    from .policy_objective import PolicyObjective
+
+
+@torch.no_grad()
+def entropy_threshold(
+    entropy: Tensor,  # (B, T) or (N,)
+    mask: Tensor,  # (B, T) or (N,)
+    top_entropy_quantile: float,
+) -> Tensor:
+    """The entropy from which on a token belongs to the share `top_entropy_quantile` of highest entropy.
+
+    The quantile `1 - top_entropy_quantile` over the tokens of the mask, linear between two, in fp32, as TRL 1.16
+    (after Wang et al. 2025, arXiv:2506.01939). Taken over a whole batch and passed to `policy_loss` with each of its
+    micro-batches, it makes their losses add up to the batch's. NaN where no token counts.
+    """
+    values = torch.where(mask != 0, entropy.detach().float(), torch.nan).flatten()
+    if values.numel() == 0:
+        return values.new_full((), torch.nan)
+    return torch.nanquantile(values, 1 - top_entropy_quantile)
+
+
+def on_policy(tokens: TokenBatch, sampling_logps: Tensor | None, threshold: float) -> Tensor:
+    """Where the policy term stays: advantage not negative, or the sequence's mean log-ratio within the threshold."""
+    logps, sequences = tokens.logps.detach(), sequences_in(tokens)
+    behaviour = tokens.old_logps if sampling_logps is None else sampling_logps
+    drift = torch.zeros_like(logps) if behaviour is None else torch.nan_to_num(behaviour - logps, nan=0.0)
+    return (tokens.advantages >= 0) | (sequences.spread(sequences.mean(drift, mask_of(tokens))) <= threshold)
+
+
+@torch.no_grad()
+def by_covariance(objective: PolicyObjective, tokens: TokenBatch, scores: Tensor | None = None) -> Tensor:
+    """Tokens that clip_cov cuts, or that kl_cov penalises: see `covariance_tokens`."""
+    logps, mask = tokens.logps, mask_of(tokens)
+    advantages = tokens.advantages.expand_as(logps)
+    known = mask & logps.isfinite() & advantages.isfinite()
+    count = mask.sum().double()
+    centred = [x - torch.where(known, x, 0.0).sum() / known.sum().clamp(min=1) for x in (advantages, logps)]
+    covariance = torch.where(known, centred[0] * centred[1], -torch.inf)
+    if objective.loss_type == "kl_cov":
+        return _largest(covariance, objective.kl_cov_ratio * count)
+    low, high = ratio_clipped(objective, tokens, objective._ratio(tokens))
+    between = (covariance > objective.clip_cov_lb) & (covariance < objective.clip_cov_ub)
+    scores = torch.rand_like(logps) if scores is None else scores
+    return _largest(torch.where(between & ~(low | high), scores, -torch.inf), objective.clip_cov_ratio * count)
+
+
+def covariance_tokens(
+    objective: PolicyObjective,
+    logps: Tensor,  # (B, T) or (N,)
+    *,
+    advantages: Tensor,  # (B,) or of the shape of logps
+    mask: Tensor,  # (B, T) or (N,)
+    old_logps: Tensor | None = None,  # (B, T) or (N,)
+    scores: Tensor | None = None,  # (B, T) or (N,)
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
+) -> Tensor:
+    """The tokens that `clip_cov` cuts, or that `kl_cov` penalises (Cui et al. 2025), bool in the shape of logps.
+
+    With `cov = (A - mean A)(logps - mean logps)`, means over the N tokens of the mask that are finite: kl_cov takes the
+    `max(1, int(kl_cov_ratio N))` tokens of largest cov; clip_cov takes `max(1, int(clip_cov_ratio N))` at random, or
+    all if there are fewer, of those with `clip_cov_lb < cov < clip_cov_ub` that the ratio's clip has left alone.
+
+    `policy_loss` does this by itself for the tokens it is given. For micro-batches, call this once with the whole
+    batch and pass each part of the answer as `selected`: their losses then add up to the batch's.
+
+    Args:
+        objective: of loss_type "clip_cov" or "kl_cov".
+        scores: clip_cov takes the candidates of largest score; None: uniform random numbers (torch's generator).
+        The rest: see `policy_loss`.
+
+    Raises:
+        ValueError: another loss type, scores for kl_cov, or a wrong shape.
+    """
+    if not objective.surrogate.covariance:
+        raise ValueError(f"objective: expected loss_type clip_cov or kl_cov, got {objective.loss_type!r}")
+    if scores is not None and objective.loss_type == "kl_cov":
+        raise ValueError("scores: kl_cov takes the largest covariances, nothing is drawn")
+    tokens, checked = checked_tokens(
+        logps.shape, logps.dtype, logps.device, advantages=advantages, mask=mask, old_logps=old_logps,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    tokens = replace(tokens, logps=torch.where(checked, logps.detach(), 0.0), old_logps=clean(tokens.old_logps, checked))
+    return by_covariance(objective, replace(tokens, mask=checked), scores)
+
+
+def _largest(values: Tensor, k: Tensor) -> Tensor:
+    """The k largest values (at least one; k rounded down), never one that is -inf; without a synchronisation."""
+    order = values.flatten().argsort(descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    return (rank < k.floor().clamp(min=1)).view_as(values) & (values > -torch.inf)
