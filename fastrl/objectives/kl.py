@@ -56,8 +56,8 @@ def kl_estimate(
         k1+, k2+, k3+, abs+     straight-through: the value of the base (clamps included), the gradient of k2 (clamps
                                 not included). verl 0.9's suffix; OpenRLHF 0.11's `unbiased_gradient`
 
-    Where only one of the two logps is -inf the estimate is infinite (and k3 then has no gradient); where both are, the
-    token does not tell the two apart and the estimate is 0.
+    Where only one of the two logps is -inf the estimate is infinite (k2, and k3 where it is that of the policy, have no
+    gradient there); where both are, the token does not tell the two apart and the estimate is 0.
 
     Args:
         logps, ref_logps: log-probabilities of the same tokens, of one shape; differentiable in both.
@@ -98,15 +98,15 @@ def _bounds(clamp: KLClamp | str | None, base: str) -> KLClamp:
 
 
 def _value(d: Tensor, base: str, bounds: KLClamp) -> Tensor:
+    largest = torch.finfo(d.dtype).max  # a finite bound in any case: inf - inf and 0 * inf would be NaN
     if base == "k1":
         kl = -d
     elif base == "k2":
-        kl = 0.5 * d.square()
+        kl = 0.5 * d.clamp(-largest, largest).square()
     elif base == "abs":
         kl = d.abs()
     else:
-        # A finite upper bound in any case: exp(d) - d at d = inf would be NaN.
-        d = d.clamp(bounds.low, min(bounds.high, torch.finfo(d.dtype).max))
+        d = d.clamp(bounds.low, min(bounds.high, largest))
         kl = torch.exp(d) - d - 1
     return kl if bounds.value == math.inf else kl.clamp(-bounds.value, bounds.value)
 

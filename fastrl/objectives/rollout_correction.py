@@ -131,7 +131,11 @@ class RolloutCorrection:
         if self.mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
         _check_bounds(self.lower, self.upper)
-        unused = {"mode": self.mode != "truncate", "lower": self.lower is not None, "upper": self.upper not in (None, 2)}
+        unused = {
+            "mode": self.mode != "truncate",
+            "lower": self.lower is not None,
+            "upper": self.upper not in (None, 2),
+        }
         for name, given in {**unused, "batch_normalize": self.batch_normalize}.items():
             if self.level is None and given:
                 raise ValueError(f"{name}: without a level there are no weights, got {getattr(self, name)!r}")
@@ -216,8 +220,8 @@ class RolloutCorrection:
     ) -> RolloutCorrection:
         """OpenRLHF 0.11's, from `is_correction_level`, `_mode`, `_gating` and `_threshold` of its `PolicyLoss`.
 
-        "clip" truncates the token ratio to the threshold. "mask" keeps the token ratio as it is where the gate (at level
-        "seq" its mean over the sequence, for the ratio the geometric one) is within the threshold: here a rejection.
+        "clip" truncates the token ratio to the threshold. "mask" keeps the token ratio as it is where the gate (at
+        level "seq" its mean over the sequence, for the ratio the geometric one) is within the threshold: a rejection.
         OpenRLHF sets the loss of rejected tokens to 0 and still divides by all tokens: multiply the weights by the new
         mask, and aggregate over the old one.
 
@@ -456,9 +460,7 @@ def _weight_metrics(
     }
 
 
-def _reject(
-    rejection: Rejection, both: _Mismatch, known: Tensor, tokens: _Tokens
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _reject(rejection: Rejection, both: _Mismatch, known: Tensor, tokens: _Tokens) -> tuple[Tensor, dict[str, Tensor]]:
     """What one rejection keeps, bool and broadcastable to the tokens, and its metrics."""
     sequences = tokens.sequences
     x = both.statistic(rejection.kind)  # per token

@@ -32,7 +32,7 @@ class Sequences(ABC):
         """Sequence i is the tokens `cu_seqlens[i]:cu_seqlens[i + 1]` of an `(N,)` batch, N being `tokens`.
 
         Args:
-            cu_seqlens: `(B + 1,)` int32 or int64, from 0 to N, never decreasing; equal neighbours are an empty sequence.
+            cu_seqlens: `(B + 1,)` int32 or int64, from 0 to N, never decreasing; equal neighbours: an empty one.
             tokens: N.
 
         Raises:
