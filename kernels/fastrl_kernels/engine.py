@@ -463,7 +463,7 @@ def compare(
         out = total.gradient_tile(products, 0) if any(needs) else None
         divergence[part] = student.backend.divergence_rows(
             products, ref_products, kind, beta, student.transform, teacher.transform, student.bias, teacher.bias,
-            None if token_weight is None else _take(token_weight, part), out,
+            None if out is None or token_weight is None else _take(token_weight, part), out,
         )  # fmt: skip
         if out is not None:
             total.add(out, x, part)

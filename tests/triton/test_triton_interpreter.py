@@ -16,6 +16,7 @@ CASES = {
     "advantages_cases.py": 40,
     "ops_cases.py": 10,
     "token_cases.py": 70,
+    "divergence_cases.py": 70,
     "linear_cases.py": 100,
 }
 
