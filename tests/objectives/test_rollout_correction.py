@@ -177,7 +177,8 @@ def test_weights(correction: RolloutCorrection) -> None:
     unbounded = by_hand(old, sampling, mask, replace(correction, mode="truncate", lower=None, upper=None))
     assert 0 < (out.weights == unbounded)[mask].sum() < mask.sum()  # some are bounded
     assert torch.equal(out.mask, mask)
-    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip((old, sampling, mask), before, strict=True))
+    for now, then in zip((old, sampling, mask), before, strict=True):
+        assert torch.equal(now.nan_to_num(7.0), then.nan_to_num(7.0))
     normalized = rollout_correction(old, sampling, replace(correction, batch_normalize=True), mask=mask)
     assert normalized.weights is not None
     rows = (
@@ -318,8 +319,7 @@ def test_infinite_and_missing_logps(level: str) -> None:
         RolloutCorrection(level=None, rejections=(Rejection(statistic="seq_sum_k3", upper=0.5),)),
         mask=mask,
     ).mask
-    assert keep.all(-1).tolist() == [False, False, True, True, False, False] or keep[2].all()
-    assert not keep[0].any() and not keep[1].any() and keep[2].all() and not keep[4].any()
+    assert keep.tolist() == [[kept] * 2 for kept in (False, False, True, True, False, True)]
 
 
 @pytest.mark.parametrize("shape", ((3, 4), (0, 4), (2, 0)))
