@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from . import machine
+from .comparisons import Comparison, objective_workload
 from .head import JOBS, Contender, Job, fastrl_contenders, head_workload
+from .objective_heads import head_comparisons
+from .objective_peers import Absent
+from .objectives import (
+    advantage_comparisons,
+    correction_comparisons,
+    critic_comparisons,
+    policy_comparisons,
+    preference_comparisons,
+)
 from .peers import PEERS, peers
 from .problems import Problem, make_problem
 from .scaling import Growth, straight_lines
 from .vectors import gae_workload, group_advantages_workload, logits_workload
-from .workload import Effort, Workload, measure
+from .workload import SLOW, Effort, Workload, measure
 
 
 class Shape(NamedTuple):
@@ -34,7 +45,7 @@ SHAPES = {
     "llama-3-8b": Shape("Llama-3-8B", 4096, 128256),
     "qwen2.5-7b": Shape("Qwen2.5-7B", 3584, 152064),
 }
-OPS = (*JOBS, "live", "logits", "group_advantages", "gae", "step", "scaling")
+OPS = (*JOBS, "live", "logits", "group_advantages", "gae", "objectives", "step", "scaling")
 LIVE_SHARES = (0.5, 0.37, 0.2)
 # Peers of the workloads that are there for our own options; the main ones run against all of them.
 FEW = ("eager", "torch-lce", "trl")
@@ -169,6 +180,8 @@ class Suite:
             yield _Step("generalised advantages", 3.0, self._gae)
         if "logits" in o.ops:
             yield _Step("log-probabilities from logits", 3.0, self._logits)
+        if "objectives" in o.ops:
+            yield from self._objective_steps()
         if "scaling" in o.ops:
             yield _Step("growth with N", 10.0 if o.quick else 110.0, self._scaling)
         if "step" in o.ops and not o.quick:
@@ -251,6 +264,35 @@ class Suite:
                 return
             self._measure(workload, _many(effort))
 
+    def _objective_steps(self) -> Iterator[_Step]:
+        """Ours against the project that an objective comes from, whatever --peers says."""
+        o = self.options
+        small = o.quick and not o.on_gpu
+        b, t = (16, 128) if small else (64, 512)
+        _, d, v = SHAPES[o.shapes[0]]
+        head = (2, 16, d, v) if small else (4, 32, d, v)
+        groups: dict[str, Callable[[], Iterable[Comparison]]] = {
+            "policy losses": functools.partial(policy_comparisons, b, t, o.device),
+            "preference losses": functools.partial(preference_comparisons, 2 * b, t, o.device),
+            "advantages": functools.partial(advantage_comparisons, b if small else 512, t // 2, o.device),
+            "rollout correction": functools.partial(correction_comparisons, b, t, o.device),
+            "value loss and KL": functools.partial(critic_comparisons, b, t, o.device),
+            "objectives from hidden states": functools.partial(head_comparisons, *head, o.device),
+        }
+        for title, make in groups.items():
+            yield _Step(title, 20.0, functools.partial(self._objectives, make))
+
+    def _objectives(self, make: Callable[[], Iterable[Comparison]], effort: Effort) -> None:
+        comparisons = list(make())
+        for comparison in comparisons:
+            try:
+                workload = objective_workload(comparison)
+            except Absent as reason:
+                self.results.absent[" and ".join(comparison.peers)] = str(reason)
+                continue
+            few = Effort(effort.seconds / len(comparisons), effort.fewest)
+            self._measure(workload, few if comparison.flops else _many(few, slow=math.inf))
+
     def _optimizer_step(self, effort: Effort) -> None:
         try:
             from fastrl.data import DemoModelError
@@ -300,6 +342,6 @@ def _few(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name in FEW)
 
 
-def _many(effort: Effort) -> Effort:
+def _many(effort: Effort, slow: float = SLOW) -> Effort:
     """Calls of microseconds: rounds enough for a median that holds still."""
-    return Effort(effort.seconds / 2, 30, 200)
+    return Effort(effort.seconds / 2, 30, 200, slow)

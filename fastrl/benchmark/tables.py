@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .comparisons import OP
 from .suite import Results
+
+_SIZES = ("N", "D", "V", "B", "T", "G")
 
 
 def markdown(results: Results, command: str) -> str:
@@ -21,8 +24,9 @@ def markdown(results: Results, command: str) -> str:
     lines += ["gradients themselves."]
     for failure in results.failures:
         lines += ["", f"**FAILED**: {failure}"]
-    for table in tables(results.rows):
+    for table in tables([row for row in results.rows if row["op"] != OP]):
         lines += ["", *table]
+    lines += objectives([row for row in results.rows if row["op"] == OP])
     if results.growth:
         lines += ["", "## Growth with N", ""]
         lines += [_line(line) for line in results.lines]
@@ -40,7 +44,7 @@ def tables(rows: Sequence[dict[str, Any]], level: str = "###") -> Iterable[list[
     """One table for each workload, in the order in which they ran."""
     workloads: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        sizes = tuple((k, row[k]) for k in ("N", "D", "V", "B", "T", "G") if k in row)
+        sizes = tuple((k, row[k]) for k in _SIZES if k in row)
         workloads.setdefault((row["workload"], row["shape"], row["dtype"], sizes), []).append(row)
     for (title, shape, dtype, sizes), some in workloads.items():
         yield [f"{level} {title}", "", f"{shape}, {dtype}, {', '.join(f'{k} {v}' for k, v in sizes)}", "", *table(some)]
@@ -73,6 +77,30 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"| {memory[0]} | {memory[1]} | {error} |"
         )
     return lines
+
+
+def objectives(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Ours beside each peer: a table for each group of objectives."""
+    lines = ["", "## Objectives", ""] if rows else []
+    of_group: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        of_group.setdefault(row["shape"], []).append(row)
+    for group, some in of_group.items():
+        sizes = ", ".join(f"{k} {v}" for k, v in some[0].items() if k in _SIZES)
+        lines += [f"### {group}", "", f"{some[0]['dtype']}, {sizes}", ""]
+        lines += ["| | fastrl | peer | median | fastrl / peer | errors |", "|---|---:|---|---:|---:|---:|"]
+        for title in dict.fromkeys(row["workload"] for row in some):
+            ours, *others = (row for row in some if row["workload"] == title and not row["floor"])
+            lines += [_objective(title, ours, peer) for peer in others]
+        lines.append("")
+    return lines
+
+
+def _objective(title: str, ours: dict[str, Any], peer: dict[str, Any]) -> str:
+    times = [duration(row["median_s"]) if "median_s" in row else row.get("refused", "") for row in (ours, peer)]
+    ratio = f"{ours['median_s'] / peer['median_s']:.2f}" if "median_s" in ours and "median_s" in peer else ""
+    errors = ", ".join(f"{max(row['errors'].values()):.1e}" for row in (ours, peer) if row.get("errors"))
+    return f"| {title} | {times[0]} | {peer['contender']} | {times[1]} | {ratio} | {errors} |"
 
 
 def duration(seconds: float) -> str:

@@ -27,7 +27,6 @@ Call = Callable[[], Mapping[str, Tensor]]
 WRONG = {2: 0.05, 4: 1e-4, 8: 1e-8}  # by the bytes of the inputs' dtype
 # Ours must be as close as plain PyTorch in the same dtype: this many times its error, plus roundings.
 AS_EAGER = 4.0
-# Floors; whoever needs more than that is timed in two rounds.
 SLOW = 2.5
 
 
@@ -74,6 +73,7 @@ class Effort:
     seconds: float
     fewest: int = 3
     most: int = 15
+    slow: float = SLOW  # floors; whoever takes more is timed in two rounds only
 
 
 Say = Callable[[str], None]
@@ -145,8 +145,8 @@ def interleaved(
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Median, extremes and peak memory of each contender, timed in turns that begin with another one each round.
 
-    Who takes more than `SLOW` times what `slow_beside` does is timed in two rounds only. The peak is read in each one's
-    last round: what is done for it happens before the clock starts.
+    Who takes more than `effort.slow` times what `slow_beside` does is timed in two rounds only. The peak is read in
+    each one's last round: what is done for it happens before the clock starts.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, int | None] = {}
@@ -158,7 +158,7 @@ def interleaved(
         if last:
             gc.collect()  # garbage of earlier calls, freed while one runs, would hide what it takes
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            slow = round_ > 0 and times[name][0] > SLOW * times[slow_beside][0]
+            slow = round_ > 0 and times[name][0] > effort.slow * times[slow_beside][0]
             if slow and round_ > 1 and name in peaks:
                 continue
             say(f"round {round_ + 1}: {name}")
