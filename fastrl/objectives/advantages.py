@@ -134,7 +134,7 @@ def opo_advantages(
     *,
     lone: str = "zero",
 ) -> Tensor:
-    """OPO (Hao et al. 2025, eq. 9): `r - sum(length * r) / sum(length)` over the group; no gradient.
+    """OPO (Hao et al. 2025): `r - sum(length * r) / sum(length)` over the group; no gradient.
 
     The baseline of least gradient variance if the squared norm of a completion's gradient grows with its length. verl
     0.9's `opo` (with lone "score"). For exactly on-policy training, where it needs no scaling.
@@ -161,7 +161,7 @@ def gpg_advantages(
     lone: str = "zero",
     backend: str | None = None,
 ) -> Tensor:
-    """GPG (Chu et al. 2025, eq. 7): `alpha (r - group mean) / f_norm`, alpha = B / rows that count; no gradient.
+    """GPG (Chu et al. 2025): `alpha (r - group mean) / f_norm`, alpha = B / rows that count; no gradient.
 
     alpha makes up for the completions of unanimous groups, which have no gradient and yet are averaged over.
 

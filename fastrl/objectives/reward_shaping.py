@@ -149,7 +149,7 @@ def stop_properly_penalty(rewards: Tensor, truncated: Tensor, coef: float) -> Te
 def length_penalty(lengths: Tensor, target: Tensor | float = 0.0, *, coef: float, both_sides: bool = False) -> Tensor:
     """Linear penalty on the length: `-coef * max(length - target, 0)`; to be added to the reward.
 
-    With both_sides `-coef * |length - target|`, L1's LCPO-exact (Aggarwal and Welleck 2025, eq. 1), in which the prompt
+    With both_sides `-coef * |length - target|`, L1's LCPO-exact (Aggarwal and Welleck 2025), in which the prompt
     asks for the target length.
 
     Args:
@@ -166,7 +166,7 @@ def length_penalty(lengths: Tensor, target: Tensor | float = 0.0, *, coef: float
 
 
 def group_length_reward(lengths: Tensor, correct: Tensor, group_ids: Tensor) -> Tensor:
-    """Length reward within a group (Kimi k1.5, 2025, section 2.3.3): short correct answers up, long wrong ones down.
+    """Length reward within a group (Kimi k1.5, 2025): short correct answers up, long wrong ones down.
 
     `w = 0.5 - (length - shortest) / (longest - shortest)` over the completions of a prompt; w for a correct answer,
     `min(0, w)` for a wrong one, 0 where all are equally long. To be weighted and added to the reward.

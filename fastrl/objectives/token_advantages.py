@@ -121,7 +121,7 @@ def remax_advantages(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """ReMax (Li et al. 2024, eq. 8): rewards to go minus the reward of the greedy completion of the same prompt.
+    """ReMax (Li et al. 2024): rewards to go minus the reward of the greedy completion of the same prompt.
 
     One sampled completion per prompt is enough, at the price of a greedy one. verl 0.9's `remax` inside the mask; no
     gradient.

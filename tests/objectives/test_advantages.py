@@ -19,6 +19,7 @@ from fastrl.objectives.advantages import (
     group_statistics,
     opo_advantages,
 )
+from fastrl.objectives.estimators import compute_advantages
 from fastrl.objectives.groups import Groups, running_sum
 from fastrl.objectives.reward_shaping import (
     group_length_reward,
@@ -114,6 +115,8 @@ def test_gpg_counts() -> None:
     assert gpg_advantages(rewards, groups).tolist() == [0, 0, -1.5, 1.5, 0, 0]  # 2 of 6 rows have a gradient
     assert gpg_advantages(rewards, groups, count="rewards").tolist() == [0, 0, -1, 1, 0, 0]  # verl: 3 rewards of 1
     assert gpg_advantages(rewards, groups, f_norm=3.0).tolist() == [0, 0, -0.5, 0.5, 0, 0]
+    token, _ = compute_advantages("gpg", rewards, torch.ones(6, 1), group_ids=groups)
+    assert token[:, 0].tolist() == [0, 0, -1, 1, 0, 0]
     missing = gpg_advantages(torch.cat([rewards, torch.tensor([NAN])]), torch.cat([groups, torch.tensor([1])]))
     assert missing.tolist() == [0, 0, -1.5, 1.5, 0, 0, 0]
     assert not gpg_advantages(torch.ones(4), torch.zeros(4, dtype=torch.int64)).any()

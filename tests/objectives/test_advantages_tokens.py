@@ -117,6 +117,12 @@ def test_optimal_token_baseline_edges(skip_holes: bool) -> None:
         without["mask"][row] = False
         got = optimal_token_baseline(**spoilt, **options)[0]
         assert not got[row].any() and torch.equal(got, optimal_token_baseline(**without, **options)[0])
+    alone = {n: x.clone() for n, x in tokens.items()}  # the only one of its group with a token left
+    alone["mask"][[0, 1, 2, 6]] = False
+    alone["mask"][row, :2] = True
+    for zero_tail in (False, True):
+        got, returns = optimal_token_baseline(**alone, **options, zero_tail=zero_tail)
+        assert torch.equal(got[row], torch.where(alone["mask"][row], returns[row], 0.0)) and got[row].any()
     certain = {**tokens, "logps": torch.full_like(tokens["logps"], -INF)}
     assert optimal_token_baseline(**certain, **options)[0].isfinite().all()
     empty = {n: x[:, :0] for n, x in tokens.items()}
@@ -152,7 +158,9 @@ def test_whiten(preset: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("preset", ("verl", "openrlhf", "trl"))
 def test_whiten_edges(preset: str) -> None:
     ones = torch.ones(5)
-    assert not whiten(torch.full((5,), 0.1), ones, preset=preset).any()  # exactly
+    for count, value in ((5, 0.1), (49, 0.1), (7, 1 / 3), (300, 1e6 + 0.1)):  # exactly, whatever the sum rounds to
+        for dtype in (torch.float32, torch.float64):
+            assert not whiten(torch.full((count,), value, dtype=dtype), torch.ones(count), preset=preset).any()
     assert not whiten(torch.tensor([7.0]), torch.ones(1), preset=preset).any()
     assert not whiten(torch.full((5,), NAN), torch.zeros(5), preset=preset).any()
     assert whiten(torch.zeros(2, 0), torch.zeros(2, 0), preset=preset).shape == (2, 0)
