@@ -27,12 +27,11 @@ def row_scores(
 ) -> Tensor:
     """Scores `hidden[rows] @ weight.T + bias`, (n, C), in fp32 (fp64 for fp64); differentiable, twice if need be.
 
-    2nCD FLOPs. Beside inputs and gradients it holds the chosen rows once in the forward and once in the backward; what
-    is kept in between is hidden itself.
+    2nCD FLOPs. Beside inputs and gradients it holds few rows at a time; what the backward needs is hidden itself.
 
     Args:
-        rows: a row may appear more than once.
-        present: entries that are False score 0 plus the bias; what their row holds is not used and gets no gradient.
+        rows: different ones, or any where `present` is given.
+        present: entries that are False score the bias alone; what their row holds is not used, and no gradient flows.
     """
     validation.check_weight(weight, bias, hidden)
     hidden, weight, bias = harmonize(hidden, weight, bias)
@@ -52,28 +51,54 @@ class _RowScores(torch.autograd.Function):
         ctx.save_for_backward(states, weight, rows, present)
         ctx.bias_dtype = None if bias is None else bias.dtype
         dtype = accumulation_dtype(states.dtype)
+        head = (weight.to(dtype), None if bias is None else bias.to(dtype))
         with torch.autocast(states.device.type, enabled=False):
-            return F.linear(_gather(states, rows, present), weight.to(dtype), None if bias is None else bias.to(dtype))
+            return torch.cat([F.linear(_gather(states, rows, present, part), *head) for part in _parts(states, rows)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, rows, present = ctx.saved_tensors
+        need_states, need_weight, need_bias = ctx.needs_input_grad[:3]
         by_states = by_weight = by_bias = None
+        if present is not None:
+            grad = grad.masked_fill(~present.unsqueeze(-1), 0.0)
         with torch.autocast(states.device.type, enabled=False):
-            if ctx.needs_input_grad[2]:
+            if need_states:
+                by_states = _states_gradient(grad, states, weight.to(grad.dtype), rows, present)
+            if need_weight:
+                parts = [grad[p].t() @ _gather(states, rows, present, p) for p in _parts(states, rows)]
+                by_weight = torch.stack(parts).sum(0).to(weight.dtype)
+            if need_bias:
                 by_bias = grad.sum(0).to(ctx.bias_dtype)
-            if ctx.needs_input_grad[1]:
-                by_weight = (grad.t() @ _gather(states, rows, present)).to(weight.dtype)
-            if ctx.needs_input_grad[0]:
-                kept = grad if present is None else grad.masked_fill(~present.unsqueeze(-1), 0.0)
-                by_rows = (kept @ weight.to(grad.dtype)).to(states.dtype)
-                by_states = torch.zeros_like(states).index_add(0, rows, by_rows)
         return by_states, by_weight, by_bias, None, None
 
 
-def _gather(states: Tensor, rows: Tensor, present: Tensor | None) -> Tensor:
-    x = states.index_select(0, rows).to(accumulation_dtype(states.dtype))
-    return x if present is None else x.masked_fill(~present.unsqueeze(-1), 0.0)
+def _states_gradient(grad: Tensor, states: Tensor, head: Tensor, rows: Tensor, present: Tensor | None) -> Tensor:
+    """Gradient of states, (N, D), from that of the scores; exactly 0 in the rows that were not chosen."""
+
+    def scatter(zeros: Tensor, part: slice, x: Tensor) -> Tensor:
+        # Rows that are not present may repeat one that is: their zeros are added, not written over it.
+        return (zeros.index_copy_ if present is None else zeros.index_add_)(0, rows[part], x)
+
+    if head.shape[0] == 1 and states.dtype == grad.dtype:  # an outer product writes memory once
+        return scatter(grad.new_zeros(states.shape[0], 1), slice(None), grad) * head
+    out = torch.zeros_like(states)
+    for part in _parts(states, rows):
+        out = scatter(out, part, (grad[part] @ head).to(states.dtype))
+    return out
+
+
+def _parts(states: Tensor, rows: Tensor) -> list[slice]:
+    """Runs of rows to gather at a time: as many numbers as stay in a core's cache, 256 MiB of them on a GPU."""
+    numbers = 2**17 if states.device.type == "cpu" else 2**26
+    step, count = max(1, numbers // max(1, states.shape[1])), rows.shape[0]
+    return [slice(start, start + step) for start in range(0, max(1, count), step)]
+
+
+def _gather(states: Tensor, rows: Tensor, present: Tensor | None, part: slice) -> Tensor:
+    """A part of the rows in the accumulation dtype, zeros for those that are not present."""
+    x = states.index_select(0, rows[part]).to(accumulation_dtype(states.dtype))
+    return x if present is None else x.masked_fill(~present[part].unsqueeze(-1), 0.0)
 
 
 def last_rows(mask: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastrl_kernels import validation
 from fastrl_kernels.head import accumulation_dtype
 
-from .aggregation import aggregate_loss
+from .aggregation import aggregation_weights
 from .score_head import row_scores
 from .sequences import sequences_of
 
@@ -56,7 +56,7 @@ def value_loss(
         mask: nonzero where the token counts. Values elsewhere are never used and may be NaN or inf.
         old_values: the critic's values when the returns were made; needed with cliprange_value, else not used.
         cliprange_value: at least 0, or None for no clipping.
-        aggregation, normalizer, length, eps: see `aggregate_loss`. The losses of micro-batches that share the
+        aggregation, normalizer, length, eps: see `aggregation_weights`. The losses of micro-batches that share the
             whole batch's normalizer add up to the whole batch's loss.
         cu_seqlens: `(B + 1,)` bounds of packed sequences.
 
@@ -68,6 +68,7 @@ def value_loss(
         ValueError, TypeError: a wrong shape, dtype, device or number, or old_values missing.
     """
     validation.check_floating("values", values)
+    sequences = sequences_of(values, cu_seqlens, "values")
     inside = _inside(mask, values)
     if cliprange_value is not None and not cliprange_value >= 0:
         raise ValueError(f"cliprange_value: expected None or a number of at least 0, got {cliprange_value!r}")
@@ -86,10 +87,10 @@ def value_loss(
     if cliprange_value is not None and old_values is not None:
         old = clean("old_values", old_values.detach())
         clipped = (torch.clamp(values, old - cliprange_value, old + cliprange_value) - returns).square()
-    loss = 0.5 * aggregate_loss(
-        torch.max(squares, clipped), aggregation, mask=inside, cu_seqlens=cu_seqlens, normalizer=normalizer,
-        length=length, eps=eps,
-    )  # fmt: skip
+    weights = aggregation_weights(
+        aggregation, inside, sequences, normalizer=normalizer, length=length, eps=eps, dtype=dtype
+    )
+    loss = 0.5 * (weights * torch.max(squares, clipped)).sum()
     count = inside.sum().clamp(min=1)
     metrics = {
         "vf_loss": loss.detach(),
