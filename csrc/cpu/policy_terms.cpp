@@ -37,7 +37,7 @@ A* output_of(void* out, int64_t offset, A* scratch) {
 template <typename A, KlEstimator kEstimator, bool kSequence>
 void policy_rows(const PolicyTermsArgs& a, int64_t begin, int64_t end) {
   const A low = static_cast<A>(a.low), high = static_cast<A>(a.high), delta = static_cast<A>(a.delta);
-  const A beta = static_cast<A>(a.beta);
+  const A beta = static_cast<A>(a.beta), endless = static_cast<A>(__builtin_inf());
   const bool kl_by_ratio = a.kl_times_ratio;
   uint8_t ones[kStrip];
   for (auto& one : ones) one = 1;
@@ -101,7 +101,8 @@ void policy_rows(const PolicyTermsArgs& a, int64_t begin, int64_t end) {
         const A slope = (c <= delta ? share1 * advantage : A(0)) + ((c >= low) & (c <= high) ? share2 * advantage : A(0));
         A loss = -least * gate[j], grad_ratio = -slope * gate[j], grad_own = 0;
         if (kEstimator != KlEstimator::kNone) {
-          const A d = ref[j] - logps[j];
+          const bool nowhere = (ref[j] == -endless) & (logps[j] == -endless);  // neither policy can take this token
+          const A d = nowhere ? A(0) : ref[j] - logps[j];
           const A factor = kl_by_ratio ? c : A(1);
           A kl, slope_kl;
           if (kEstimator == KlEstimator::kK1) {
@@ -109,12 +110,14 @@ void policy_rows(const PolicyTermsArgs& a, int64_t begin, int64_t end) {
             slope_kl = factor;
           } else if (kEstimator == KlEstimator::kK2) {
             kl = A(0.5) * d * d;
-            slope_kl = -d * factor;
+            slope_kl = (d == endless) | (d == -endless) ? A(0) : -d * factor;
           } else {
             const A e = exp_to_inf(d);
-            kl = e - d - 1;
-            slope_kl = factor - factor * e;  // not factor * (1 - e): an infinite ratio leaves NaN, as in autograd
+            kl = d == endless ? endless : e - d - 1;
+            // not factor * (1 - e): an infinite ratio leaves NaN, as in autograd
+            slope_kl = d == endless ? A(0) : factor - factor * e;
           }
+          slope_kl = nowhere ? A(0) : slope_kl;
           grad_ratio += kl_by_ratio ? beta * kl : A(0);  // selected, since 0 * inf is NaN
           grad_own = beta * slope_kl;
           kl = kl_by_ratio ? kl * c : kl;

@@ -109,6 +109,7 @@ def policy_loss(
         entropy_normalizer=entropy_normalizer,
         entropy_threshold=entropy_threshold,
         normalizer=normalizer,
+        advantages=advantages.detach(),
     )
     batch.check(objective, tokens)
     out = _evaluate(objective, tokens, batch, backends.choose(backend, logps.device))
@@ -131,6 +132,7 @@ class _Batch:
     entropy_normalizer: Tensor | float | None
     entropy_threshold: Tensor | float | None
     normalizer: Tensor | float | None
+    advantages: Tensor  # as they were given
 
     def check(self, objective: PolicyObjective, tokens: TokenBatch) -> None:
         """Refuses what the objective has no use for."""
@@ -199,13 +201,13 @@ def _evaluate(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, bac
 
 
 def _empty_sequences(tokens: TokenBatch, batch: _Batch) -> Tensor:
-    """TRL's term of sequences without tokens: ratio 1, so -A each; a constant."""
+    """TRL's term of sequences without tokens: ratio 1, so -A each; a constant. Nothing for advantages per token."""
     sequences = tokens.sequences
     empty = sequences.counts(batch.mask, tokens.logps.dtype) == 0
-    denominator = max(1, sequences.count) if batch.normalizer is None else batch.normalizer
-    if not tokens.per_sequence or tokens.advantages.ndim == 1:  # its advantage is not known
+    if batch.advantages.shape != empty.shape:
         return tokens.logps.new_zeros(())
-    return -torch.where(empty, tokens.advantages.squeeze(-1), 0.0).sum() / denominator
+    denominator = max(1, sequences.count) if batch.normalizer is None else batch.normalizer
+    return -torch.where(empty, batch.advantages.to(tokens.logps.dtype), 0.0).sum() / denominator
 
 
 def _with_exact_kl(objective: PolicyObjective, out: LossOutput, term: Tensor, kl: Tensor, mask: Tensor) -> LossOutput:
@@ -390,6 +392,7 @@ def linear_policy_loss(
         entropy_normalizer=entropy_normalizer,
         entropy_threshold=entropy_threshold,
         normalizer=normalizer,
+        advantages=advantages.detach(),
     )
     batch.check(objective, tokens)
     name = backends.choose(backend, device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastrl_kernels import TokenBatch
 
-from .surrogates import gamma_weight, log_ratio, ratio_clipped, sequences_in
+from .surrogates import gamma_weight, log_ratio, mask_of, ratio_clipped, sequences_in
 
 if TYPE_CHECKING:
     from .policy_objective import PolicyObjective
@@ -77,8 +77,8 @@ def _by_sequence(tokens: TokenBatch, x: Tensor, empty: float = 0.0) -> Tensor:
     """`(B,)` from values that all tokens of a sequence share."""
     if x.ndim == 2:
         return x.squeeze(-1)
-    sequences, every = sequences_in(tokens), torch.ones_like(x, dtype=torch.bool)
-    return torch.where(sequences.counts(every, x.dtype) > 0, sequences.max(x, every), empty)
+    sequences, mask = sequences_in(tokens), mask_of(tokens)
+    return torch.where(sequences.counts(mask, x.dtype) > 0, sequences.max(x, mask), empty)
 
 
 # verl's names --------------------------------------------------------------------------------------------------------

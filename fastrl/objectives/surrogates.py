@@ -185,7 +185,9 @@ def within_kl(objective: PolicyObjective, tokens: TokenBatch, ratio: Tensor) -> 
 
 
 def quadratic(objective: PolicyObjective, tokens: TokenBatch, ratio: Tensor) -> Tensor:
-    return 0.5 * objective.dro_beta * log_ratio(tokens).square() - _times(tokens.advantages, tokens.logps)
+    d, advantages = log_ratio(tokens), tokens.advantages
+    # l = d + o: where l is -inf, the square wins.
+    return d * (0.5 * objective.dro_beta * d - advantages) - _times(advantages, old_logps(tokens))
 
 
 def covariance_clipped(objective: PolicyObjective, tokens: TokenBatch, ratio: Tensor) -> Tensor:

@@ -50,15 +50,17 @@ def _log_ratio(logps, old_ptr, row, T, cols, inside, keep):
 @triton.jit
 def _kl_and_slope(logps, ref_logps, factor, ESTIMATOR: tl.constexpr):
     """The KL estimate, and its derivative in logps times `factor`."""
-    d = ref_logps - logps
+    nowhere = (ref_logps == float("-inf")) & (logps == float("-inf"))  # neither policy can take this token
+    d = tl.where(nowhere, 0.0, ref_logps - logps)
     if ESTIMATOR == "k1":
         kl, slope = -d, factor
     elif ESTIMATOR == "k2":
-        kl, slope = 0.5 * d * d, -d * factor
+        kl, slope = 0.5 * d * d, tl.where(tl.abs(d) == float("inf"), 0.0, -d * factor)
     else:
-        e = tl.exp(d)
-        kl, slope = e - d - 1.0, factor - factor * e  # an infinite ratio leaves NaN, as in autograd
-    return kl, slope
+        e, endless = tl.exp(d), d == float("inf")
+        kl = tl.where(endless, d, e - d - 1.0)
+        slope = tl.where(endless, 0.0, factor - factor * e)  # an infinite ratio leaves NaN, as in autograd
+    return kl, tl.where(nowhere, 0.0, slope)
 
 
 @triton.jit
