@@ -1,8 +1,8 @@
 """Distillation: a student learns the next-token distributions of a teacher, token by token.
 
-Over the whole vocabulary on given logits or fused with both heads, or over the teacher's top-k log-probabilities. On-policy
-distillation as a reward needs no loss of its own: score the student's samples under the teacher (`linear_logprobs`) and
-pass `advantages = ref_logps - logps` (a one-sample reverse KL) to any policy loss.
+Over the whole vocabulary on given logits or fused with both heads, or over the teacher's top-k log-probabilities.
+On-policy distillation as a reward needs no loss of its own: score the student's samples under the teacher with
+`linear_logprobs`, and pass `advantages = teacher_logps - logps` (the one-sample reverse KL, negated) to a policy loss.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def distillation_loss(
     ids: Tensor | None = None,  # (B, T)
     nll_coef: float = 0.0,
 ) -> DistillationOutput:
-    """Divergence of a student's distributions from a teacher's, on logits that exist already (a small vocabulary, a test).
+    """Divergence of a student's distributions from a teacher's, on logits that exist already.
 
     With p = softmax(logits / temperature), q that of the teacher, and m = (1 - beta) p + beta q, the loss of a token is
 
@@ -52,11 +52,13 @@ def distillation_loss(
         reverse_kl   KL(p || q): it keeps to what the teacher finds likely (MiniLLM, Gu et al. 2024)
         jsd          beta KL(q || m) + (1 - beta) KL(p || m): between the two (GKD, Agarwal et al. 2024, eq. 1)
 
-    without a factor temperature^2, as in TRL 1.16's `GKDTrainer.generalized_jsd_loss`, with which it agrees: its beta 0 and
-    1 are forward_kl and reverse_kl; its batchmean is "token-mean" where it has labels and "seq-mean-token-sum" where not,
-    its sum "token-sum", its num_items_in_batch the normalizer, its mean "token-mean" with a normalizer of tokens x V.
+    without a factor temperature^2, as in TRL 1.16's `GKDTrainer.generalized_jsd_loss`, with which it agrees: its beta 0
+    and 1 are forward_kl and reverse_kl; its batchmean is "token-mean" where it has labels and "seq-mean-token-sum"
+    where not, its sum "token-sum", its num_items_in_batch the normalizer, its mean "token-mean" with a normalizer of
+    tokens x V.
 
-    Use the fused `linear_distillation_loss` where the logits would not fit; a top-k form where the teacher is a service.
+    Use it for small vocabularies and tests, `linear_distillation_loss` where the logits would not fit, a top-k form
+    where the teacher is a service.
 
     Args:
         logits: the student's, `(B, T, V)`, or `(N, V)` with cu_seqlens; fp32, fp64, bf16 or fp16.
@@ -127,15 +129,16 @@ def linear_distillation_loss(
     """`distillation_loss` straight from hidden states and both heads: neither model's logits ever exist.
 
     Equal to `distillation_loss(hidden @ weight.T, teacher_hidden @ teacher_weight.T)`. A chunk of rows at a time: its
-    logits under both heads, its divergence, its gradients; 8NDV FLOPs for heads of one size, with all gradients, and nothing
-    for tokens outside the mask. With nll_coef the student's logits are made once more, at temperature 1 (8NDV more). It
-    holds one tile of logits of each head.
+    logits under both heads, its divergence, its gradients; 8NDV FLOPs for heads of one size, with all gradients, and
+    nothing for tokens outside the mask. With nll_coef the student's logits are made once more, at temperature 1 (8NDV
+    more). It holds one tile of logits of each head.
 
     Args:
         hidden, weight, bias: the student's hidden states `(B, T, D)`, or `(N, D)` with cu_seqlens, and its head.
-        teacher_hidden, teacher_weight, teacher_bias: the teacher's, constant: of another hidden size D2 or dtype, over the
-            same vocabulary.
-        kind, beta, mask, temperature, aggregation, normalizer, length, cu_seqlens, ids, nll_coef: as `distillation_loss`.
+        teacher_hidden, teacher_weight, teacher_bias: the teacher's, constant: of another hidden size D2 or dtype, over
+            the same vocabulary.
+        kind, beta, mask, temperature, aggregation, normalizer, length, cu_seqlens, ids, nll_coef: as
+            `distillation_loss`.
         logit_scale, softcap, teacher_logit_scale, teacher_softcap: of each head; see `LogitTransform`.
         backend: None chooses; "reference" (builds all the logits), "cpu", "triton", "cuda" force.
         memory_budget: bytes that the two tiles may take; see `linear_divergence`.
@@ -152,7 +155,8 @@ def linear_distillation_loss(
     head = {"logit_scale": logit_scale, "softcap": softcap, "backend": backend, "memory_budget": memory_budget}
     loss, divergence = linear_divergence_sum(
         hidden, weight, teacher_hidden, teacher_weight, weights, kind=kind, beta=beta, bias=bias, ref_bias=teacher_bias,
-        temperature=temperature, ref_logit_scale=teacher_logit_scale, ref_softcap=teacher_softcap, **head,  # type: ignore[arg-type]
+        temperature=temperature, ref_logit_scale=teacher_logit_scale, ref_softcap=teacher_softcap,
+        **head,  # type: ignore[arg-type]
     )  # fmt: skip
     nll = None
     if _wants_nll(ids, nll_coef, counts):
@@ -178,20 +182,20 @@ def topk_distillation_loss(
 
     tail says what becomes of the probability outside the K tokens:
 
-        drop          sum_k q_k (log q_k - log p_k), forward_kl only: verl 0.9's forward_kl_topk before its clamp at 0 (the
-                      K probabilities do not add up to one, so the loss can be negative)
+        drop          sum_k q_k (log q_k - log p_k), forward_kl only: verl 0.9's forward_kl_topk before its clamp at 0
+                      (the K probabilities do not add up to one, so the loss can be negative)
         renormalize   the divergence of p and q given that one of the K tokens is taken: the student's mass outside them
                       is free
         bucket        one outcome more, "any other token", of probability 1 - sum_k q_k and 1 - sum_k p_k: the student
                       learns how much is outside, not where; exact for K = V
 
-    Use it where the teacher's hidden states are out of reach; with K in the tens its loss nears the full one's.
+    Use it where the teacher's hidden states are out of reach, or are kept as its K best tokens on disk.
 
     Args:
         logps: the student's log-probabilities of the K tokens under its whole vocabulary, `(B, T, K)`, or `(N, K)` with
             cu_seqlens.
-        teacher_logps: the teacher's, constant, at the temperature of the student's. -inf marks a token that is not given
-            (fewer than K): it leaves both sums.
+        teacher_logps: the teacher's, constant, at the temperature of the student's. -inf marks a token that is not
+            given (fewer than K): it leaves both sums.
         kind, beta: "forward_kl", "reverse_kl" or "jsd"; see `distillation_loss`.
         tail: "drop", "renormalize" or "bucket".
         mask, aggregation, normalizer, length, cu_seqlens: as `distillation_loss`.
@@ -247,12 +251,13 @@ def linear_topk_distillation_loss(
 ) -> DistillationOutput:
     """`topk_distillation_loss` straight from the student's hidden states and head, without its logits.
 
-    Equal to it on `linear_topk_logprobs(hidden, weight, topk_ids)`, which see for the cost: 8NDV FLOPs with all gradients.
+    Equal to it on `linear_topk_logprobs(hidden, weight, topk_ids)`: 8NDV FLOPs with all gradients.
 
     Args:
-        hidden, weight, bias, logit_scale, softcap: the student's, `(B, T, D)`, or `(N, D)` with cu_seqlens, and its head.
-        topk_ids: `(B, T, K)` integers, the teacher's tokens at each position (aligned: nothing is shifted). Where fewer than
-            K are given, any id with a log-probability of -inf.
+        hidden, weight, bias, logit_scale, softcap: the student's, `(B, T, D)`, or `(N, D)` with cu_seqlens, and its
+            head.
+        topk_ids: `(B, T, K)` integers, the teacher's tokens at each position (aligned: nothing is shifted). Where fewer
+            than K are given, any id with a log-probability of -inf.
         topk_logprobs: `(B, T, K)`, the teacher's log-probabilities of them at `temperature`.
         temperature: of the student's distribution.
         kind, beta, tail, mask, aggregation, normalizer, length, cu_seqlens: as `topk_distillation_loss`.
@@ -271,8 +276,8 @@ def linear_topk_distillation_loss(
         softcap=softcap, backend=backend, memory_budget=memory_budget,
     )  # fmt: skip
     return topk_distillation_loss(
-        logps, topk_logprobs, kind=kind, beta=beta, tail=tail, mask=mask, aggregation=aggregation, normalizer=normalizer,
-        length=length, cu_seqlens=cu_seqlens,
+        logps, topk_logprobs, kind=kind, beta=beta, tail=tail, mask=mask, aggregation=aggregation,
+        normalizer=normalizer, length=length, cu_seqlens=cu_seqlens,
     )  # fmt: skip
 
 
@@ -291,15 +296,15 @@ def _weights(
     if counts is None:
         counts = torch.ones_like(tokens, dtype=torch.bool)
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    weights = aggregation_weights(
-        aggregation, counts, sequences, normalizer=normalizer, length=length, dtype=dtype
-    )
+    weights = aggregation_weights(aggregation, counts, sequences, normalizer=normalizer, length=length, dtype=dtype)
     return counts, weights
 
 
 def _wants_nll(ids: Tensor | None, nll_coef: float, counts: Tensor) -> bool:
     if (ids is None) != (nll_coef == 0):
-        raise ValueError(f"ids and nll_coef go together, got nll_coef {nll_coef} {'without' if ids is None else 'with'} ids")
+        raise ValueError(
+            f"ids and nll_coef go together, got nll_coef {nll_coef} {'without' if ids is None else 'with'} ids"
+        )
     if ids is not None:
         validation.check_ids(ids, tuple(counts.shape), counts.device)
     return ids is not None

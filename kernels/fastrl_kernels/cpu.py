@@ -115,7 +115,7 @@ def divergence_rows(
     token_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Divergence (n,) of a tile (n, V) from another, and its gradient, in place where `out` is the tile; see `reference`."""
+    """Divergence (n,) of a tile (n, V) from another; `out` (the tile, say) receives its gradient. See `reference`."""
     (n, v), dtype, device = tile.shape, tile.dtype, tile.device
     for name, x in (("tile", tile), ("ref_tile", ref_tile), ("out", out)):
         if x is None:

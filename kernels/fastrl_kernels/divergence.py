@@ -1,7 +1,7 @@
 """Divergence between the next-token distributions of two heads over the whole vocabulary, in tiles of both logits.
 
-`linear_divergence` gives it per token, to be differentiated by any loss; `linear_divergence_sum` knows the weight of each
-token beforehand, and so makes the gradients with the value. Neither ever holds more logits than one tile of each head.
+`linear_divergence` gives it per token, to be differentiated by any loss; `linear_divergence_sum` knows the weight of
+each token beforehand, and so makes the gradients with the value. Neither holds more logits than a tile of each head.
 """
 
 from __future__ import annotations
@@ -159,9 +159,7 @@ def linear_divergence_sum_op(
 
 
 @linear_divergence_sum_op.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     row = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(weight.dtype))
     return row.new_empty(()), row, *ops._fake_gradients(hidden, weight, bias, Needs(*args[4:7]))
 
@@ -297,24 +295,24 @@ def linear_divergence(
         forward_kl   KL(q || p)   covers what the teacher does (Hinton et al. 2015)
         reverse_kl   KL(p || q)   stays where the teacher is; the KL penalty of RL to a reference model, exact
         jsd          beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q
-                     (generalised Jensen-Shannon, Agarwal et al. 2024, eq. 1, as TRL 1.16's GKD; beta 0 is forward_kl and
-                     beta 1 reverse_kl, its limits divided by beta and 1 - beta)
+                     (generalised Jensen-Shannon, Agarwal et al. 2024, eq. 1, as in TRL 1.16's GKD: beta 0 is
+                     forward_kl and beta 1 reverse_kl, not the 0 that the formula has there)
 
-    Eager equivalent of reverse_kl: `lp, lq = ((x @ w.T / temperature).log_softmax(-1) for x, w in ((hidden, weight),
-    (ref_hidden, ref_weight)))`, then `(lp.exp() * (lp - lq)).sum(-1)`.
+    Eager equivalent of reverse_kl: `lp = (hidden @ weight.T / temperature).log_softmax(-1)`, `lq` likewise, then
+    `(lp.exp() * (lp - lq)).sum(-1)`.
 
-    Differentiable in hidden, weight and bias; the teacher is constant. For N tokens in the mask and heads of one size the
-    forward costs 4NDV FLOPs and the backward 8lNDV, l being the share of tokens whose upstream gradient is not exactly 0.
-    Where the weight of each token is known beforehand, `linear_divergence_sum` costs 8NDV together. Beside inputs, outputs
-    and gradients it holds one tile of logits of each head.
+    Differentiable in hidden, weight and bias; the teacher is constant. For N tokens in the mask and heads of one size
+    the forward costs 4NDV FLOPs and the backward 8lNDV, l being the share of tokens whose upstream gradient is not
+    exactly 0. Where the weight of each token is known beforehand, `linear_divergence_sum` costs 8NDV together. Beside
+    inputs, outputs and gradients it holds one tile of logits of each head.
 
     Args:
         hidden, weight, bias: the student's hidden states `(..., D)` and head `(V, D)`, `(V,)`; see `linear_logprobs`.
-        ref_hidden, ref_weight, ref_bias: the teacher's `(..., D2)`, `(V, D2)` and `(V,)`: another hidden size and dtype,
-            the same vocabulary.
+        ref_hidden, ref_weight, ref_bias: the teacher's `(..., D2)`, `(V, D2)` and `(V,)`, of any hidden size and dtype,
+            over the same vocabulary.
         kind: "forward_kl", "reverse_kl" or "jsd".
         beta: of "jsd" only: weight of the teacher in the mixture, in [0, 1]; None: 0.5.
-        mask: `(...)`, nonzero where the token counts. Elsewhere neither row is read, the result is 0, no gradient flows.
+        mask: `(...)`, nonzero where the token counts. Elsewhere no row is read, the result is 0, no gradient flows.
         temperature: of both.
         logit_scale, softcap: the student's; see `LogitTransform`.
         ref_logit_scale, ref_softcap: the teacher's own.

@@ -448,9 +448,9 @@ def compare(
     needs: Needs,
     plan: Plan,
 ) -> tuple[Tensor, Gradients]:
-    """Divergence (N,) of the student's rows from the teacher's, 0 in other rows, and the gradients of its weighted sum.
+    """Divergence (N,) of the student's rows from the teacher's, 0 in others, and the gradients of its weighted sum.
 
-    Two GEMMs and one row pass per chunk, and two more GEMMs for the student's gradients: 8NDV for two heads of one size.
+    Two GEMMs and one row pass per chunk, and two GEMMs for the student's gradients: 8NDV for heads of one size.
     """
     divergence = student.hidden.new_zeros(student.hidden.shape[0], dtype=student.dtype)
     total = _Accumulator(student, needs, plan)

@@ -70,7 +70,7 @@ def linear_logprobs(
 
 
 def relative_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) in nats (...) of log-probabilities (..., V); a token of p = 0 adds 0, one of q = 0 alone makes it inf."""
+    """KL(p || q) in nats (...) of log-probabilities (..., V); p = 0 adds 0, q = 0 where p is not makes it inf."""
     p = log_p.exp()
     return (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1)
 
@@ -116,6 +116,7 @@ def linear_divergence(
     log_q = log_probs(ref_hidden, ref_weight, ref_bias, ref_transform)
     return log_p.new_zeros(n).index_put((rows,), divergence(log_p, log_q, kind, beta))
 
+
 def linear_topk_logprobs(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -130,7 +131,6 @@ def linear_topk_logprobs(
     z = transform_logits(hidden[rows].to(dtype) @ weight.to(dtype).T, transform, bias)
     taken = z.log_softmax(-1).gather(-1, ids[rows])
     return taken.new_zeros(ids.shape).index_put((rows,), taken)
-
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, baseline: str, scale: str, eps: float) -> Tensor:
@@ -258,7 +258,7 @@ def divergence_rows(
     token_weight: Tensor | None = None,  # (n,)
     out: Tensor | None = None,  # (n, V); may be the student's tile; given with token_weight
 ) -> Tensor:
-    """`divergence` of each row, (n,); `out` receives `token_weight` times its gradient in the student's raw products."""
+    """`divergence` of each row, (n,); `out` receives its gradient in the student's products, times `token_weight`."""
     values = []
     for start in range(0, tile.shape[0], 16):  # few rows at a time: what is made beside the tiles stays small
         part = slice(start, start + 16)

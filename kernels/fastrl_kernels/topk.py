@@ -1,7 +1,7 @@
 """Log-probabilities of several given tokens per position, as a teacher's top-k are, without the logits.
 
-One tile of logits at a time: its rows are reduced, the given columns are picked out, and it is gone. The gradient makes it
-again: `-sum(g) p` in place by row pass 2, and `g` at the given columns.
+One tile of logits at a time: its rows are reduced, the given columns picked out. The gradient makes it again:
+`-sum(g) p` in place by row pass 2, and `g` at the given columns.
 """
 
 from __future__ import annotations
@@ -198,20 +198,21 @@ def linear_topk_logprobs(
 
     Eager equivalent: `(hidden @ weight.T / temperature).log_softmax(-1).gather(-1, topk_ids)`.
 
-    Differentiable in hidden, weight and bias. The forward costs 2NDV FLOPs for N tokens in the mask, the backward 6lNDV, l
-    being the share of tokens with an upstream gradient. Beside inputs, outputs and gradients it holds one tile of logits.
+    Differentiable in hidden, weight and bias. The forward costs 2NDV FLOPs for N tokens in the mask, the backward
+    6lNDV, l being the share of tokens with an upstream gradient. Beside inputs, outputs and gradients it holds one tile
+    of logits.
 
     Args:
         hidden, weight, bias, temperature, logit_scale, softcap, backend: as `linear_logprobs`.
         topk_ids: `(..., K)` integers in `[0, V)`, aligned with hidden: nothing is shifted. An id may occur twice.
-        mask: `(...)`, nonzero where the token counts. Elsewhere the row is never read, the result is 0, no gradient flows.
+        mask: `(...)`, nonzero where the token counts. Elsewhere no row is read, the result is 0, no gradient flows.
         memory_budget: bytes that the tile of logits may take, or None; see `linear_logprobs`.
 
     Returns:
         `(..., K)` in fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype or device, an id out of range; the message names it.
+        ValueError, TypeError: an argument of the wrong shape, dtype or device, an id out of range; the message says it.
         RuntimeError: the forced backend does not work on this machine; the message says why.
     """
     validation.check_weight(weight, bias, hidden)

@@ -1,4 +1,4 @@
-"""linear_divergence, its weighted sum and linear_topk_logprobs against fp64: values, gradients, masks, memory, errors."""
+"""linear_divergence, its weighted sum and linear_topk_logprobs against fp64: values, gradients, masks, memory."""
 
 from __future__ import annotations
 
@@ -374,7 +374,10 @@ def test_row_pass_matches_fp64(instructions: str, dtype: torch.dtype) -> None:
     _C.use_instruction_set(instructions)
     try:
         for v in (1, 2, 127, 129, 1023, 1024, 1025, 5000):
-            for transforms in ((LogitTransform(), LogitTransform()), (LogitTransform(0.7, 1.3, 30.0), LogitTransform(0.7))):
+            for transforms in (
+                (LogitTransform(), LogitTransform()),
+                (LogitTransform(0.7, 1.3, 30.0), LogitTransform(0.7)),
+            ):
                 for bias in (None, torch.randn(v, dtype=dtype)):
                     for kind, beta in KINDS:
                         check_rows(v, dtype, kind, beta or 0.0, transforms, bias)
@@ -383,7 +386,12 @@ def test_row_pass_matches_fp64(instructions: str, dtype: torch.dtype) -> None:
 
 
 def check_rows(
-    v: int, dtype: torch.dtype, kind: str, beta: float, transforms: tuple[LogitTransform, LogitTransform], bias: Tensor | None
+    v: int,
+    dtype: torch.dtype,
+    kind: str,
+    beta: float,
+    transforms: tuple[LogitTransform, LogitTransform],
+    bias: Tensor | None,
 ) -> None:
     n = 12
     wide = (torch.randn(n, v + 9) * 2 - 20).to(dtype)
@@ -510,7 +518,7 @@ def test_bad_input_is_named(backend: str) -> None:
         linear_topk_logprobs(x["hidden"], x["weight"], ids, backend=backend)
     with pytest.raises(ValueError, match=r"^topk_ids: expected shape \(6, 'K'\)"):
         linear_topk_logprobs(x["hidden"], x["weight"], ids[:5], backend=backend)
-    with pytest.raises(TypeError, match="^topk_ids"):
+    with pytest.raises(TypeError, match=r"^topk_ids"):
         linear_topk_logprobs(x["hidden"], x["weight"], ids.float(), backend=backend)
 
 
@@ -536,7 +544,11 @@ def test_the_plan_counts_both_tiles() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_topk_logprobs_match_fp64(dtype: torch.dtype, small_tiles: None) -> None:
-    for v, k, options in ((1, 1, {}), (129, 5, {}), (507, 40, {"temperature": 0.7, "logit_scale": 1.3, "softcap": 5.0})):
+    for v, k, options in (
+        (1, 1, {}),
+        (129, 5, {}),
+        (507, 40, {"temperature": 0.7, "logit_scale": 1.3, "softcap": 5.0}),
+    ):
         x = heads(8, 6, 1, v, dtype, bias=bool(options))
         ids, mask = torch.randint(v, (8, k)), torch.tensor([1, 1, 0, 1, 1, 0, 1, 1])
         ids[2] = -7  # outside the mask an id may be anything

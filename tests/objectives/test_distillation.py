@@ -1,4 +1,4 @@
-"""Distillation losses: every case of TRL's generalised JSD, the fused forms against those on logits, top-k, arguments."""
+"""Distillation losses: every case of TRL's generalised JSD, fused forms against those on logits, top-k, arguments."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def batch(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 
 def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, torch.autograd.grad(loss, leaves), strict=True)]
+    return [
+        torch.zeros_like(x) if g is None else g for x, g in zip(leaves, torch.autograd.grad(loss, leaves), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("kind, beta", KINDS)
@@ -290,13 +292,14 @@ def test_wrong_arguments_are_named() -> None:
     linear("^ids and nll_coef go together", nll_coef=0.1)
     linear("^mask", mask=torch.ones(3, 4))
     linear("^ref_weight", teacher_weight=x["teacher_weight"][:20])
-    with pytest.raises(ValueError, match="^teacher_logits"):
+    with pytest.raises(ValueError, match=r"^teacher_logits"):
         distillation_loss(logits, logits[..., :4])
-    with pytest.raises(ValueError, match="^temperature"):
+    with pytest.raises(ValueError, match=r"^temperature"):
         distillation_loss(logits, logits, temperature=0.0)
-    with pytest.raises(ValueError, match="^tail: expected one of drop, renormalize, bucket"):
+    with pytest.raises(ValueError, match=r"^tail: expected one of drop, renormalize, bucket"):
         topk_distillation_loss(logits, logits, tail="none")
-    with pytest.raises(ValueError, match="^tail: 'drop' goes with kind 'forward_kl' only"):
+    with pytest.raises(ValueError, match=r"^tail: 'drop' goes with kind 'forward_kl' only"):
         topk_distillation_loss(logits, logits, kind="reverse_kl")
-    with pytest.raises(ValueError, match="^topk_logprobs"):
-        linear_topk_distillation_loss(torch.randn(2, 3, 4), torch.randn(9, 4), torch.zeros(2, 3, 5).long(), logits[..., :4])
+    with pytest.raises(ValueError, match=r"^topk_logprobs"):
+        ids = torch.zeros(2, 3, 5, dtype=torch.int64)
+        linear_topk_distillation_loss(torch.randn(2, 3, 4), torch.randn(9, 4), ids, logits[..., :4])

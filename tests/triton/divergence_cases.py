@@ -1,4 +1,4 @@
-"""divergence_rows in Triton's interpreter, against the definition under autograd in fp64; and the public functions on it."""
+"""divergence_rows in Triton's interpreter against the definition under autograd in fp64; the public functions on it."""
 
 import math
 from typing import Any

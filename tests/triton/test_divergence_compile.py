@@ -100,9 +100,8 @@ def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
 @pytest.mark.parametrize("arch", CHIPS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ROW_DTYPES, ids=str)
-def test_every_form(
-    arch: int, kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for index, (vocabulary, full, gradient) in enumerate(itertools.product((256, 128256, 50257), (True, False), (True, False))):
+def test_every_form(arch: int, kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = itertools.product((256, 128256, 50257), (True, False), (True, False))
+    for index, (vocabulary, full, gradient) in enumerate(forms):
         recorder = record_rows(monkeypatch, vocabulary, dtype, kind, full=full, gradient=gradient)
         check(recorder, arch, tmp_path / str(index), monkeypatch)

@@ -9,6 +9,8 @@ probabilities nor log-probabilities are ever written.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -30,13 +32,13 @@ from fastrl_kernels.triton.transform import load_product, logit_and_slope, trans
 # Two tiles and two sums are in registers at once, so blocks are half of those of the row statistics. The first of a
 # table is the choice by rule.
 _SHORT, _SHORT_FP64 = (RowConfig(512, 4),), (RowConfig(256, 4),)
-_LONG = (RowConfig(2048, 8), RowConfig(1024, 4), RowConfig(4096, 16))
+_LONG = (RowConfig(2048, 8), RowConfig(1024, 4))  # of 4096 columns on 16 warps ptxas spills for sm_100
 _LONG_FP64 = (RowConfig(1024, 8), RowConfig(512, 4))
 MEASURED_ROWS = 512  # enough to fill any GPU
 
 
 def divergence_candidates(vocabulary: int, dtype: torch.dtype) -> tuple[RowConfig, ...]:
-    """What a measurement may choose from for rows of `vocabulary` logits held in `dtype`; the rule's choice is the first."""
+    """What a measurement may choose from for rows of `vocabulary` logits in `dtype`; the rule's choice is the first."""
     short, long = (_SHORT_FP64, _LONG_FP64) if dtype == torch.float64 else (_SHORT, _LONG)
     return short if vocabulary <= short[0].block_size else long
 
@@ -150,9 +152,7 @@ def divergence_rows_kernel(
         y, _ = logit_and_slope(
             load_product(ref_row_ptr, ref_bias_ptr, cols, mask, dtype), ref_gain_in, ref_gain_out, REF_SOFTCAP
         )
-        share, centre = share_and_centre(
-            (z - largest) - log_sum, (y - ref_largest) - ref_log_sum, beta, rest, KIND
-        )
+        share, centre = share_and_centre((z - largest) - log_sum, (y - ref_largest) - ref_log_sum, beta, rest, KIND)
         lane_share += tl.where(mask, share, 0.0)
         lane_centre += tl.where(mask, centre, 0.0)
     divergence = tl.sum(lane_share, 0)
@@ -231,17 +231,12 @@ def divergence_rows(
 
             def measure(config: RowConfig) -> float:
                 # Into a tile of its own: what is measured may be in place, and runs many times.
-                scratch = None if out is None else torch.empty_strided(
-                    tile[rows].shape, out.stride(), dtype=out.dtype, device=device
-                )
-                weights = None if token_weight is None else token_weight[rows]
-                return seconds(
-                    lambda: divergence_rows(
-                        tile[rows], ref_tile[rows], kind, beta, transform, ref_transform, bias, ref_bias, weights,
-                        scratch, config,
-                    ),  # fmt: skip
-                    device,
-                )
+                weights, scratch = None, None
+                if out is not None and token_weight is not None:
+                    weights, scratch = token_weight[rows], torch.empty_like(out[rows])
+                operands = (tile[rows], ref_tile[rows], kind, beta, transform, ref_transform, bias, ref_bias)
+                arguments: Any = (*operands, weights, scratch, config)
+                return seconds(lambda: divergence_rows(*arguments), device)
 
             candidates = divergence_candidates(vocabulary, tile.dtype)
             written = "none" if out is None else dtype_name(out.dtype)
