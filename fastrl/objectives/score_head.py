@@ -30,7 +30,7 @@ def row_scores(
     2nCD FLOPs. Beside inputs and gradients it holds few rows at a time; what the backward needs is hidden itself.
 
     Args:
-        rows: different ones, or any where `present` is given.
+        rows: different ones in ascending order, or any where `present` is given.
         present: entries that are False score the bias alone; what their row holds is not used, and no gradient flows.
     """
     validation.check_weight(weight, bias, hidden)
@@ -53,7 +53,8 @@ class _RowScores(torch.autograd.Function):
         dtype = accumulation_dtype(states.dtype)
         head = (weight.to(dtype), None if bias is None else bias.to(dtype))
         with torch.autocast(states.device.type, enabled=False):
-            return torch.cat([F.linear(_gather(states, rows, present, part), *head) for part in _parts(states, rows)])
+            parts = _parts(states, rows, present)
+            return torch.cat([F.linear(_gather(states, rows, present, part), *head) for part in parts])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -66,7 +67,7 @@ class _RowScores(torch.autograd.Function):
             if need_states:
                 by_states = _states_gradient(grad, states, weight.to(grad.dtype), rows, present)
             if need_weight:
-                parts = [grad[p].t() @ _gather(states, rows, present, p) for p in _parts(states, rows)]
+                parts = [grad[p].t() @ _gather(states, rows, present, p) for p in _parts(states, rows, present)]
                 by_weight = torch.stack(parts).sum(0).to(weight.dtype)
             if need_bias:
                 by_bias = grad.sum(0).to(ctx.bias_dtype)
@@ -83,21 +84,30 @@ def _states_gradient(grad: Tensor, states: Tensor, head: Tensor, rows: Tensor, p
     if head.shape[0] == 1 and states.dtype == grad.dtype:  # an outer product writes memory once
         return scatter(grad.new_zeros(states.shape[0], 1), slice(None), grad) * head
     out = torch.zeros_like(states)
-    for part in _parts(states, rows):
+    for part in _parts(states, rows, present):
         out = scatter(out, part, (grad[part] @ head).to(states.dtype))
     return out
 
 
-def _parts(states: Tensor, rows: Tensor) -> list[slice]:
+def _are_all(states: Tensor, rows: Tensor, present: Tensor | None) -> bool:
+    """Whether the rows are simply all of them, so that none has to be copied."""
+    return present is None and rows.shape[0] == states.shape[0]
+
+
+def _parts(states: Tensor, rows: Tensor, present: Tensor | None) -> list[slice]:
     """Runs of rows to gather at a time: as many numbers as stay in a core's cache, 256 MiB of them on a GPU."""
+    count = rows.shape[0]
+    if _are_all(states, rows, present) and states.dtype == accumulation_dtype(states.dtype):
+        return [slice(0, count)]
     numbers = 2**17 if states.device.type == "cpu" else 2**26
-    step, count = max(1, numbers // max(1, states.shape[1])), rows.shape[0]
+    step = max(1, numbers // max(1, states.shape[1]))
     return [slice(start, start + step) for start in range(0, max(1, count), step)]
 
 
 def _gather(states: Tensor, rows: Tensor, present: Tensor | None, part: slice) -> Tensor:
     """A part of the rows in the accumulation dtype, zeros for those that are not present."""
-    x = states.index_select(0, rows[part]).to(accumulation_dtype(states.dtype))
+    picked = states[part] if _are_all(states, rows, present) else states.index_select(0, rows[part])
+    x = picked.to(accumulation_dtype(states.dtype))
     return x if present is None else x.masked_fill(~present[part].unsqueeze(-1), 0.0)
 
 
