@@ -462,6 +462,21 @@ def test_same_bits_twice_and_inputs_untouched() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, leaves, strict=True))
 
 
+def test_compiles_as_one_graph() -> None:
+    objective = OBJECTIVES["ld"]
+    data = batch(objective)
+    packed = pack(data, torch.where(data["mask"], torch.arange(1, T + 1), 0).amax(-1))
+    leaves = [packed[k].requires_grad_() for k in ("hidden", "weight")]
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return fused(objective, {**packed, "hidden": hidden, "weight": weight}).loss
+
+    eager = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # Wrong arguments -----------------------------------------------------------------------------------------------------
 
 
