@@ -142,7 +142,8 @@ class _Batch:
             raise ValueError(f"selected: only clip_cov and kl_cov select tokens, not {objective.loss_type}")
         if self.entropy_normalizer is not None and objective.conventions.entropy_as_policy:
             raise ValueError(
-                f"entropy_normalizer: preset {objective.preset!r} aggregates the entropy as the policy term, by normalizer"
+                f"entropy_normalizer: preset {objective.preset!r} aggregates the entropy as the policy term, "
+                "pass normalizer"
             )
 
     def bonus_weights(self, objective: PolicyObjective, chosen: Tensor) -> Tensor | None:
@@ -405,7 +406,9 @@ def linear_policy_loss(
         if not objective.token_local or objective.exact_kl or name == "reference":
             raise ValueError("weight_grad: only a token-local objective makes dW in the forward, and not the reference")
     if not objective.exact_kl and (ref_hidden is not None or ref_weight is not None or ref_bias is not None):
-        raise ValueError("ref_hidden, ref_weight, ref_bias: only beta with kl_estimator 'full' reads a reference's head")
+        raise ValueError(
+            "ref_hidden, ref_weight, ref_bias: only beta with kl_estimator 'full' reads a reference's head"
+        )
 
     if not objective.token_local or name == "reference":
         scored = live

@@ -349,8 +349,8 @@ LOSSES: Mapping[str, Surrogate] = {
     ),
     "vespo": Surrogate(
         loss=gamma_weighted,
-        formula="-phi A l, phi = sg(exp(lambda + k u - lambda exp(u))), u = sum of d over the sequence, in [ln 1e-8, 20], "
-        "plus the log of importance_ratio; k, lambda: vespo_*_pos where A >= 0, else vespo_*_neg",
+        formula="-phi A l, phi = sg(exp(lambda + k u - lambda exp(u))), u = sum of d (and of the log of "
+        "importance_ratio) over the sequence, in [ln 1e-8, 20]; k, lambda: vespo_*_pos where A >= 0, else vespo_*_neg",
         paper="Variational Sequence-Level Soft Policy Optimization, 2026, arXiv:2602.10693",
         peer="TRL vespo",
         use="stale or asynchronous rollouts: whole sequences that drifted fade out smoothly",
@@ -542,8 +542,9 @@ PRESETS: Mapping[str | None, Conventions] = {
 
 
 def loss_table() -> str:
-    """The loss types as a Markdown table: formula, defaults, options, presets, peer, paper, use."""
-    head = ("loss_type", "loss of a token", "aggregation", "own options", "presets", "pass", "agrees with", "paper", "use")
+    """The loss types as a Markdown table: formula, aggregation, options, presets, peer, paper, use."""
+    names = "loss_type, loss of a token, aggregation, own options, presets, pass, agrees with, paper, use"
+    head = tuple(names.split(", "))
     rows = [head, ("---",) * len(head)]
     for name, entry in LOSSES.items():
         presets = ", ".join(preset for preset, origin in PRESETS.items() if preset and name in origin.losses)

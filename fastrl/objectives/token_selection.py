@@ -95,8 +95,9 @@ def covariance_tokens(
         logps.shape, logps.dtype, logps.device, advantages=advantages, mask=mask, old_logps=old_logps,
         cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    tokens = replace(tokens, logps=torch.where(checked, logps.detach(), 0.0), old_logps=clean(tokens.old_logps, checked))
-    return by_covariance(objective, replace(tokens, mask=checked), scores)
+    inside = torch.where(checked, logps.detach(), 0.0)
+    tokens = replace(tokens, logps=inside, old_logps=clean(tokens.old_logps, checked), mask=checked)
+    return by_covariance(objective, tokens, scores)
 
 
 def _largest(values: Tensor, k: Tensor) -> Tensor:

@@ -292,7 +292,7 @@ class GRPOConfig(TrainingArguments):
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
         require("loss_type", self.loss_type in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}")
-        require("kl_estimator", self.kl_estimator != "full", "an estimate from tokens ('full' needs the reference's head)")
+        require("kl_estimator", self.kl_estimator != "full", "an estimate ('full' needs the reference's head)")
         require("num_generations", self.num_generations >= 2, "at least 2 completions per prompt")
         require("num_iterations", self.num_iterations >= 1, "at least 1")
         require("tokens_per_pass", self.tokens_per_pass is None or self.tokens_per_pass >= 1, "None or at least 1")

@@ -148,7 +148,7 @@ def coefficients(
     """
     spec: PolicySpec | None = getattr(objective, "kernel_spec", None)
     if kernel is not None and spec is not None:
-        row = replace(tokens, **{k: x.unsqueeze(0) for k, x in vars(tokens).items() if isinstance(x, Tensor)})
+        row = replace(tokens, **{k: x.unsqueeze(0) for k, x in vars(tokens).items() if isinstance(x, Tensor)})  # type: ignore[arg-type]
         bonus = None if entropy_weight is None else entropy_weight.unsqueeze(0)
         made = kernel(spec, row, weight.unsqueeze(0), bonus, sums=False)
         assert made.terms is not None and made.grad_logps is not None  # they were asked for

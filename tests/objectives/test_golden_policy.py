@@ -125,8 +125,7 @@ def test_trl(case: dict[str, Any]) -> None:
 def test_trl_gmpo(case: dict[str, Any]) -> None:
     config, inputs, outputs = case["config"], case["inputs"], case["outputs"]
     train = config["mode"] == "train"
-    state = inputs.get("state", {})
-    accumulation = state.get("current_gradient_accumulation_steps", config["gradient_accumulation_steps"]) if train else 1
+    accumulation = inputs["state"]["current_gradient_accumulation_steps"] if train else 1
     mask = tensor(inputs["completion_mask"])
     if "tool_mask" in inputs:
         mask = mask * tensor(inputs["tool_mask"])
@@ -241,7 +240,10 @@ def test_verl(case: dict[str, Any]) -> None:
         assert_close(out.metrics[name], value, name, 1e-6)
 
 
-@pytest.mark.parametrize("case", [c for c in VERL if c["config"]["loss_mode"] == "bypass_mode"], ids=lambda c: c["name"])
+BYPASS = [c for c in VERL if c["config"]["loss_mode"] == "bypass_mode"]
+
+
+@pytest.mark.parametrize("case", BYPASS, ids=lambda c: c["name"])
 def test_verl_bypass_mode(case: dict[str, Any]) -> None:
     """Rollout correction and loss in one call at verl; here the correction's mask and weights go into the loss."""
     config, inputs, outputs = case["config"], case["inputs"], case["outputs"]

@@ -89,7 +89,9 @@ def packed(x: Tensor, lengths: Tensor) -> Tensor:
 
 def assert_equal(ours: list[Tensor], want: list[Tensor], what: Any) -> None:
     for a, b in zip(ours, want, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=1e-9, atol=1e-11, equal_nan=True, msg=lambda m: f"{what}: {m}")
+        torch.testing.assert_close(
+            a.double(), b.double(), rtol=1e-9, atol=1e-11, equal_nan=True, msg=lambda m: f"{what}: {m}"
+        )
 
 
 def test_every_loss_type_of_the_issue_is_there() -> None:
@@ -129,26 +131,26 @@ def test_gradcheck(name: str, preset: str | None) -> None:
 @pytest.mark.parametrize("name", CONSTANT_FACTOR)
 @pytest.mark.parametrize("preset", (None, "trl", "verl"))
 def test_gradients_with_a_constant_factor(name: str, preset: str | None) -> None:
-    """The gradient in a token's logp is the negative of factor, advantage and weight; the loss is that times the logp."""
+    """The gradient in a token's logp is minus factor, advantage and weight; the loss is that times the logp."""
     if name not in PRESETS[preset].losses:
         return
     data, objective = batch(), objective_of(name, preset)
     constants = {**data["constants"], "importance_ratio": None}
     mask, a = constants["mask"], constants["advantages"][:, None]
-    l, o = data["logps"], constants["old_logps"]
-    c = (l - o).exp()
+    new, o = data["logps"], constants["old_logps"]
+    c = (new - o).exp()
     if name == "cispo":
         factor = c.clamp(0.8, 2.2) if preset == "verl" else c.clamp(max=1.2)
     elif name == "vespo":
-        u = ((l - o) * mask).sum(-1, keepdim=True)
+        u = ((new - o) * mask).sum(-1, keepdim=True)
         k, lam = (torch.where(a >= 0, *pair) for pair in ((2.0, 3.0), (3.0, 2.0)))
         factor = (lam + k * u - lam * u.exp()).exp()
     elif name == "dppo_tv":
-        keep = torch.where(a > 0, l.exp() - o.exp() <= 0.001, l.exp() - o.exp() >= -0.003)
+        keep = torch.where(a > 0, new.exp() - o.exp() <= 0.001, new.exp() - o.exp() >= -0.003)
         factor = c.clamp(max=1.2) * keep
     else:
-        p, q = l.exp(), o.exp()
-        kl = q * (o - l) + (1 - q) * ((1 - q) / (1 - p)).log()
+        p, q = new.exp(), o.exp()
+        kl = q * (o - new) + (1 - q) * ((1 - q) / (1 - p)).log()
         keep = torch.where(a > 0, (kl <= 1e-4) | (p <= q), (kl <= 3e-4) | (p >= q))
         factor = c.clamp(max=1.2) * keep
     if name.startswith("dppo"):
@@ -156,7 +158,7 @@ def test_gradients_with_a_constant_factor(name: str, preset: str | None) -> None
     want = -factor * a * mask / mask.sum()
     got = run(objective, data, importance_ratio=None)
     torch.testing.assert_close(got[1], want * 1.7, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(got[0], (want * l).sum(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(got[0], (want * new).sum(), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("everything", (False, True), ids=("", "everything"))
@@ -234,7 +236,8 @@ def test_any_split_adds_up(name: str, preset: str | None, quantile: float) -> No
     aggregation = objective.surrogate.aggregation
     sequences = B if PRESETS[preset].counts_empty or name == "gmpo" else int(mask.any(-1).sum())
     length = objective.max_completion_length or T
-    normalizer = {"token-mean": int(mask.sum()), "seq-mean-token-sum-norm": sequences * length}.get(aggregation, sequences)
+    counts = {"token-mean": int(mask.sum()), "seq-mean-token-sum-norm": sequences * length}
+    normalizer = counts.get(aggregation, sequences)
     shared: dict[str, Any] = {}
     bonus = mask
     if quantile < 1:
@@ -294,7 +297,7 @@ def test_edges(name: str, preset: str | None, everything: bool) -> None:
 
 @pytest.mark.parametrize(("name", "preset"), NAMES)
 def test_a_logp_of_minus_infinity_stays_in_its_sequence(name: str, preset: str | None) -> None:
-    """Its own loss may be infinite where logps are a factor; every gradient is finite, and the other rows' unchanged."""
+    """Its own loss may be infinite where logps are a factor; its gradient is finite, the other rows' is unchanged."""
     objective, data = objective_of(name, preset), batch()
     data["constants"] |= {"advantages": torch.tensor([1.3, -0.7, 0.4, 0.6]).double()}
     selected = torch.zeros(B, T, dtype=torch.bool) if objective.surrogate.covariance else None
@@ -358,14 +361,14 @@ def test_kl_estimators(estimator: str, corrected: bool) -> None:
     constants = {**data["constants"], "advantages": torch.zeros(B).double()}
     objective = PolicyObjective(beta=0.5, kl_estimator=estimator, use_bias_correction_kl=corrected)
     assert objective.token_local
-    l = data["logps"].detach().requires_grad_()
-    kl = fastrl.kl_estimate(l, constants["ref_logps"], estimator)
-    kl = kl * (l - constants["old_logps"]).exp() if corrected else kl
+    x = data["logps"].detach().requires_grad_()
+    kl = fastrl.kl_estimate(x, constants["ref_logps"], estimator)
+    kl = kl * (x - constants["old_logps"]).exp() if corrected else kl
     want = torch.where(constants["mask"], kl, 0.0).sum() / constants["mask"].sum()
-    out = fastrl.policy_loss(l, objective, **constants)
+    out = fastrl.policy_loss(x, objective, **constants)
     torch.testing.assert_close(out.loss, 0.5 * want)
     torch.testing.assert_close(out.metrics["kl"], want.detach())
-    grads = [torch.autograd.grad(x, l)[0] for x in (out.loss, 0.5 * want)]
+    grads = [torch.autograd.grad(loss, x)[0] for loss in (out.loss, 0.5 * want)]
     torch.testing.assert_close(*grads)
     h, w = data["hidden"].requires_grad_(), data["weight"].requires_grad_()
     fused = fastrl.linear_policy_loss(h, w, data["ids"], objective, **constants)
@@ -385,9 +388,7 @@ def test_exact_kl_to_a_reference_head(name: str, form: str) -> None:
     ids, ref_hidden, ref_weight = data["ids"], torch.randn(B, T, 5).double(), torch.randn(V, 5).double() / 2
     bias, ref_bias = torch.randn(V).double().requires_grad_(), torch.randn(V).double()
     h, w = data["hidden"].requires_grad_(), data["weight"].requires_grad_()
-    p, q = (
-        ((x @ y.T + b) / 0.8).log_softmax(-1) for x, y, b in ((h, w, bias), (ref_hidden, ref_weight, ref_bias))
-    )
+    p, q = (((x @ y.T + b) / 0.8).log_softmax(-1) for x, y, b in ((h, w, bias), (ref_hidden, ref_weight, ref_bias)))
     kl = (p.exp() * (p - q)).sum(-1)
     stats = fastrl.linear_logprobs(h, w, ids, bias=bias, temperature=0.8, mask=constants["mask"], entropy=True)
     plain = fastrl.policy_loss(stats.logps, objective_of(name), entropy=stats.entropy, **constants)
@@ -417,24 +418,24 @@ def test_exact_kl_to_a_reference_head(name: str, form: str) -> None:
 def test_selections_are_those_of_the_papers() -> None:
     data = batch()
     known = {k: data["constants"][k] for k in ("mask", "old_logps")}
-    a, l, mask = torch.randn(B, T).double(), data["logps"], known["mask"]
+    a, logps, mask = torch.randn(B, T).double(), data["logps"], known["mask"]
     n = int(mask.sum())
-    covariance = (a - a[mask].mean()) * (l - l[mask].mean())
-    got = covariance_tokens(PolicyObjective(loss_type="kl_cov", kl_cov_ratio=0.25), l, advantages=a, **known)
+    covariance = (a - a[mask].mean()) * (logps - logps[mask].mean())
+    got = covariance_tokens(PolicyObjective(loss_type="kl_cov", kl_cov_ratio=0.25), logps, advantages=a, **known)
     best = covariance[mask].topk(int(0.25 * n)).values.min()
     assert torch.equal(got, mask & (covariance >= best))
-    few = covariance_tokens(PolicyObjective(loss_type="kl_cov"), l, advantages=a, **known)
+    few = covariance_tokens(PolicyObjective(loss_type="kl_cov"), logps, advantages=a, **known)
     assert few.sum() == 1 and few.flatten()[covariance.masked_fill(~mask, -math.inf).argmax()]
-    c = (l - known["old_logps"]).exp()
+    c = (logps - known["old_logps"]).exp()
     candidates = mask & (covariance > 0.05) & (covariance < 9) & ~((c > 1.2) & (a > 0)) & ~((c < 0.8) & (a < 0))
     assert candidates.sum() > 3
     objective = PolicyObjective(loss_type="clip_cov", clip_cov_lb=0.05, clip_cov_ub=9.0, clip_cov_ratio=1.0)
-    assert torch.equal(covariance_tokens(objective, l, advantages=a, **known), candidates)
+    assert torch.equal(covariance_tokens(objective, logps, advantages=a, **known), candidates)
     drawn = dataclasses.replace(objective, clip_cov_ratio=2.5 / n)
-    picks = [covariance_tokens(drawn, l, advantages=a, **known) for _ in range(20)]
+    picks = [covariance_tokens(drawn, logps, advantages=a, **known) for _ in range(20)]
     assert all(pick.sum() == 2 and not (pick & ~candidates).any() for pick in picks)
     assert len({tuple(pick.flatten().nonzero().flatten().tolist()) for pick in picks}) > 1
-    out = fastrl.policy_loss(l, objective, advantages=a, **known)
+    out = fastrl.policy_loss(logps, objective, advantages=a, **known)
     assert out.metrics["clip_cov/selected_mean"] == pytest.approx(candidates.sum().item() / n)
 
 
