@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .advantages import (
     normalized_sum,
     opo_advantages,
 )
+from .masking import inside
 from .reward_shaping import token_rewards
 from .sequences import Sequences, sequences_of
 from .token_advantages import discounted_returns, gae, optimal_token_baseline, remax_advantages, whiten
@@ -49,7 +50,7 @@ class _Batch:
     def scores(self) -> Tensor:
         """(B,): a reward per sequence, the sum of a sequence's where they are per token."""
         if self.rewards.shape == self.mask.shape:
-            return self.sequences.sum(torch.where(self.mask, self.rewards, 0.0))
+            return self.sequences.sum(inside(self.rewards, self.mask))
         validation.check_shape("rewards", self.rewards, (self.sequences.count,), "one per sequence, or one per token")
         return self.rewards
 
@@ -62,7 +63,7 @@ class _Batch:
         return {"cu_seqlens": self.cu_seqlens, "backend": self.backend}
 
     def spread(self, per_sequence: Tensor) -> Tensor:
-        return torch.where(self.mask, self.sequences.spread(per_sequence), 0.0)
+        return inside(self.sequences.spread(per_sequence), self.mask)
 
 
 Estimate = tuple[Tensor, Tensor]
@@ -242,6 +243,12 @@ ESTIMATORS: Mapping[str, Mapping[str, Callable[..., Estimate]]] = {
 }
 
 
+@cache
+def _options(preset: str, estimator: str) -> tuple[str, ...]:
+    """What the estimator takes beyond the batch."""
+    return tuple(inspect.signature(ESTIMATORS[preset][estimator]).parameters)[1:]
+
+
 def compute_advantages(
     estimator: str,
     rewards: Tensor,  # (B,), or (B, T) or (N,)
@@ -289,10 +296,10 @@ def compute_advantages(
     if estimator not in ESTIMATORS[preset]:
         raise ValueError(f"estimator: {preset} has {', '.join(ESTIMATORS[preset])}, got {estimator!r}")
     compute = ESTIMATORS[preset][estimator]
-    parameters = list(inspect.signature(compute).parameters)[1:]
+    parameters = _options(preset, estimator)
     if unknown := [name for name in options if name not in parameters]:
         raise ValueError(f"{', '.join(unknown)}: {preset}'s {estimator} takes {', '.join(parameters) or 'no option'}")
     validation.check_floating("rewards", rewards)
     sequences = sequences_of(mask, cu_seqlens, "mask")
     with torch.no_grad():
-        return compute(_Batch(rewards, mask != 0, sequences, group_ids, cu_seqlens, backend), **options)
+        return compute(_Batch(rewards, mask.bool(), sequences, group_ids, cu_seqlens, backend), **options)

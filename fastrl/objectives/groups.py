@@ -15,21 +15,30 @@ class Groups:
         self._number = torch.zeros_like(numbers).scatter(0, self._order, numbers)  # of each row's group
 
     def _reduce(self, x: Tensor, how: str) -> Tensor:
+        """One value per group."""
         if x.numel() == 0:
             return x
-        reduced = torch.segment_reduce(x[self._order].contiguous(), how, lengths=self._sizes, axis=0)
-        return reduced[self._number]
+        # unsafe leaves out the check of the lengths, which are right.
+        return torch.segment_reduce(x.index_select(0, self._order), how, lengths=self._sizes, axis=0, unsafe=True)
+
+    def _spread(self, per_group: Tensor) -> Tensor:
+        return per_group.index_select(0, self._number) if per_group.numel() else per_group
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over each row's group; a NaN stays in its group."""
-        return self._reduce(x, "sum")
+        return self._spread(self._reduce(x, "sum"))
 
     def max(self, x: Tensor) -> Tensor:
-        return self._reduce(x, "max")
+        return self._spread(self._reduce(x, "max"))
+
+    def ratio(self, numerator: Tensor, denominator: Tensor, eps: float) -> Tensor:
+        """`sum(numerator) / (sum(denominator) + eps)`"""
+        return self._spread(self._reduce(numerator, "sum") / (self._reduce(denominator, "sum") + eps))
 
     def count(self, members: Tensor) -> Tensor:
         """Members among the rows of each group, as float64; members: `(B,)` bool."""
-        return self.sum(members.to(torch.float64))
+        counts = torch.zeros_like(self._sizes, dtype=torch.float64)  # whole numbers: exact in any order of adding
+        return counts.index_add(0, self._number, members.to(torch.float64))[self._number]
 
     def mean(self, x: Tensor, members: Tensor, weights: Tensor | None = None) -> Tensor:
         """Weighted mean of the members of each row's group: exactly their value where all agree, 0 without weight."""

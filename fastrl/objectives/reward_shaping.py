@@ -12,6 +12,7 @@ from fastrl_kernels import validation
 from fastrl_kernels.head import accumulation_dtype
 
 from .groups import Groups
+from .masking import inside
 from .sequences import sequences_of
 
 
@@ -85,14 +86,14 @@ def token_rewards(
         raise ValueError(f"kl: needed with a kl_coef above 0 and only then, got kl_coef={kl_coef}")
     if clip_range is not None and not clip_range[0] <= clip_range[1]:
         raise ValueError(f"clip_range: expected (low, high), got {clip_range}")
-    mask = mask != 0
+    mask = mask.bool()
     shaped = rewards.to(accumulation_dtype(rewards.dtype))
     if clip_range is not None:
         shaped = shaped.clamp(*clip_range)
     if rewards.shape == mask.shape:
-        shaped = torch.where(mask, shaped, 0.0)
+        shaped = inside(shaped, mask)
     elif rewards.shape == (sequences.count,):
-        shaped = torch.where(sequences.last_token(mask), sequences.spread(shaped), 0.0)
+        shaped = inside(sequences.spread(shaped), sequences.last_token(mask))
     else:
         raise ValueError(
             f"rewards: expected shape ({sequences.count},), one per sequence, or {tuple(mask.shape)}, one per token, "
@@ -102,7 +103,7 @@ def token_rewards(
         return shaped
     validation.check_floating("kl", kl)
     validation.check_shape("kl", kl, tuple(mask.shape), "one per token, as mask")
-    return shaped - kl_coef * torch.where(mask, kl, 0.0)
+    return shaped - kl_coef * inside(kl, mask)
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int, *, factor: float = 1.0) -> Tensor:

@@ -12,6 +12,7 @@ from fastrl_kernels import validation
 from fastrl_kernels.head import accumulation_dtype
 
 from .groups import Groups
+from .masking import inside
 from .sequences import sequences_of
 
 WHITENINGS = {"trl": 1e-4, "verl": 1e-8, "openrlhf": 1e-8}  # and their eps
@@ -108,8 +109,17 @@ def discounted_returns(
     its arguments, masks and result are `gae`'s. A reward that is NaN or infinite reaches the earlier tokens of its own
     sequence only.
     """
-    options = {"gamma": gamma, "lam": 1.0, "through_mask": through_mask, "cu_seqlens": cu_seqlens, "backend": backend}
-    return gae(rewards, torch.zeros_like(rewards), mask, **options)[0]  # type: ignore[arg-type]
+    if gamma != 1 or backend is not None:
+        options = {"gamma": gamma, "lam": 1.0, "through_mask": through_mask, "backend": backend}
+        return gae(rewards, torch.zeros_like(rewards), mask, cu_seqlens=cu_seqlens, **options)[0]  # type: ignore[arg-type]
+
+    def undiscounted(mask: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        kept = inside(rewards.to(accumulation_dtype(rewards.dtype)), mask)
+        returns = inside(kept.flip(-1).cumsum(-1).flip(-1), mask)
+        return returns, returns
+
+    validation.check_floating("rewards", rewards)
+    return _along_rows(undiscounted, mask.bool(), cu_seqlens, rewards=rewards)[0]
 
 
 @torch.no_grad()
@@ -133,11 +143,13 @@ def remax_advantages(
     Returns:
         advantages and rewards to go, in the shape of mask, exactly 0 outside it.
     """
+    mask = mask.bool()
     returns = discounted_returns(rewards, mask, cu_seqlens=cu_seqlens, backend=backend)
     sequences = sequences_of(mask, cu_seqlens, "mask")
     validation.check_shape("baseline_rewards", baseline_rewards, (sequences.count,), "one per sequence")
-    baseline = sequences.spread(baseline_rewards)
-    return torch.where((mask != 0) & ~baseline.isnan(), returns - baseline, 0.0).to(returns.dtype), returns
+    baseline = sequences.spread(baseline_rewards.to(returns.dtype))
+    known = mask if not bool(baseline_rewards.isnan().any()) else mask & ~baseline.isnan()
+    return inside(returns - baseline, known), returns
 
 
 @torch.no_grad()
@@ -185,17 +197,19 @@ def optimal_token_baseline(
     def rows(
         mask: Tensor, rewards: Tensor, logps: Tensor, sum_pi_squared: Tensor, importance_weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        mask = mask.bool()
         returns = discounted_returns(rewards, mask, backend=backend)
         validation.check_shape("group_ids", group_ids, (mask.shape[0],), "one per sequence")
         energy = 1 - 2 * logps.exp() + sum_pi_squared
         if importance_weights is not None:
             energy = energy * importance_weights.square()
-        mask = mask != 0
-        energy = torch.where(mask, energy, 0.0).cumsum(-1).to(returns.dtype)
-        mask = mask & (returns.isfinite() & energy.isfinite()).all(-1, keepdim=True)
+        energy = inside(energy, mask).to(returns.dtype).cumsum(-1)
+        totals = inside(rewards, mask).sum(-1) + energy[:, -1:].sum(-1)
+        if not bool(totals.isfinite().all()):
+            mask = mask & totals.isfinite().unsqueeze(-1)
         if not skip_holes:
             baselines = _step_baselines(returns, energy, mask, group_ids, zero_tail, eps)
-            return torch.where(mask, returns - baselines, 0.0), returns
+            return inside(returns - baselines, mask), returns
 
         # Tokens of the mask move to the front of their row; the others to a column that is dropped.
         length = mask.shape[1]
@@ -206,7 +220,7 @@ def optimal_token_baseline(
 
         baselines = _step_baselines(front(returns), front(energy), front(mask), group_ids, zero_tail, eps)
         in_place = baselines.gather(1, column.clamp(max=max(length - 1, 0)))
-        return torch.where(mask, returns - in_place, 0.0), returns
+        return inside(returns - in_place, mask), returns
 
     return _along_rows(
         rows, mask, cu_seqlens, rewards=rewards, logps=logps, sum_pi_squared=sum_pi_squared,
@@ -224,15 +238,15 @@ def _step_baselines(
 ) -> Tensor:
     """`(B, T)`: the mean return at each step over a group, weighted by energy."""
     groups, length = Groups(group_ids), mask.sum(-1).to(torch.float64)
-    weights, returns = torch.where(mask, energy, 0.0), torch.where(mask, returns, 0.0)
-    baselines = groups.sum(returns * weights) / (groups.sum(weights) + eps)
+    weights = inside(energy, mask)
+    baselines = groups.ratio(inside(returns, mask) * weights, weights, eps)
     tail = torch.where(groups.count(length > 0) < 2, 0.0, torch.inf)  # first step of each row without a baseline
     if zero_tail:
         longest = length == groups.max(length)
         second = groups.max(torch.where(longest, 0.0, length))
         tail = torch.where(longest & (groups.count(longest) == 1), torch.minimum(tail, second), tail)
-    steps = torch.arange(mask.shape[1], device=mask.device)
-    return torch.where(steps < tail.unsqueeze(-1), baselines, 0.0)
+    steps = torch.arange(mask.shape[1], device=mask.device, dtype=torch.float32)
+    return inside(baselines, steps < tail.to(torch.float32).unsqueeze(-1))
 
 
 @torch.no_grad()
@@ -283,13 +297,16 @@ def whiten(
         raise ValueError("mask: expected a tensor in the shape of x, got None")
     if x.numel() == 0:
         return x.to(accumulation_dtype(x.dtype))
-    mask = checked & x.isfinite()
-    x = torch.where(mask, x, 0.0).to(accumulation_dtype(x.dtype))
+    x, mask = inside(x, checked).to(accumulation_dtype(x.dtype)), checked
+    if not bool(x.sum().isfinite()):
+        mask = checked & x.isfinite()
+        x = inside(x, mask)
     count = mask.sum()
-    pivot = torch.where(mask, x, -torch.inf).amax()  # equal values leave exact 0s, a large common offset costs nothing
-    centred = torch.where(mask, x - pivot, 0.0)
+    # One of the values: equal ones leave exact 0s, and a large common offset costs no digits.
+    pivot = x.flatten()[mask.flatten().view(torch.uint8).argmax()]
+    centred = inside(x - pivot, mask)
     shift = centred.sum() / count.clamp(min=1)
-    centred = torch.where(mask, centred - shift, 0.0)
+    centred = inside(centred - shift, mask)
     if divide_by_std:
         squares = centred.square().sum()
         if preset == "openrlhf":
@@ -298,5 +315,5 @@ def whiten(
             deviation = (squares / (count - 1).clamp(min=1) + eps).sqrt()
         else:
             deviation = (squares / (count - 1).clamp(min=1)).sqrt() + eps
-        centred = torch.where(centred == 0, 0.0, centred / deviation)
-    return centred if shift_mean else torch.where(mask, centred + (shift + pivot), 0.0)
+        centred = centred / torch.where(deviation > 0, deviation, 1.0)
+    return centred if shift_mean else inside(centred + (shift + pivot), mask)
