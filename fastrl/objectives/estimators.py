@@ -56,6 +56,9 @@ class _Batch:
 
     @property
     def tokens(self) -> Tensor:
+        """In the shape of mask, outside which they may be anything."""
+        if self.rewards.shape == self.mask.shape:
+            return self.rewards
         return token_rewards(self.rewards, self.mask, cu_seqlens=self.cu_seqlens)
 
     @property
@@ -101,7 +104,8 @@ def _gdpo(
     batch: _Batch, *, weights: Tensor | None = None, scale: str = "group", eps: float = 1e-4, lone: str = "zero"
 ) -> Estimate:
     options = {"scale": scale, "eps": eps, "lone": lone, "backend": batch.backend}
-    return _twice(whiten(batch.spread(normalized_sum(batch.rewards, weights, batch.groups, **options)), batch.mask))
+    combined = normalized_sum(batch.rewards, weights, batch.groups, **options)
+    return _twice(whiten(batch.spread(combined), batch.mask))
 
 
 def _group_whitened(batch: _Batch, *, baseline: str = "mean", lone: str = "zero") -> Estimate:

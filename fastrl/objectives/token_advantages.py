@@ -115,7 +115,7 @@ def discounted_returns(
 
     def undiscounted(mask: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
         kept = inside(rewards.to(accumulation_dtype(rewards.dtype)), mask)
-        returns = inside(kept.flip(-1).cumsum(-1).flip(-1), mask)
+        returns = inside(kept.flip(-1).cumsum_(-1).flip(-1), mask)
         return returns, returns
 
     validation.check_floating("rewards", rewards)
