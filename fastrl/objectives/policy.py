@@ -161,7 +161,6 @@ def _evaluate(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, bac
     scored, entry = tokens.mask, objective.surrogate
     assert scored is not None  # both callers set it
     logps = torch.where(scored, tokens.logps, 0.0)
-    constants = replace(tokens, logps=logps, old_logps=clean(tokens.old_logps, scored))
     bonus_mask = scored
     if objective.top_entropy_quantile < 1:
         if tokens.entropy is None:
@@ -172,10 +171,12 @@ def _evaluate(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, bac
         bonus_mask = scored & (tokens.entropy.detach() >= threshold)
         tokens = replace(tokens, gate=_times(clean(tokens.gate, scored), bonus_mask.to(logps.dtype)))
     if objective.off_policy_mask_threshold is not None:
-        keep = on_policy(constants, clean(batch.sampling_logps, scored), objective.off_policy_mask_threshold)
+        inside = replace(tokens, logps=logps, old_logps=clean(tokens.old_logps, scored))
+        keep = on_policy(inside, clean(batch.sampling_logps, scored), objective.off_policy_mask_threshold)
         tokens = replace(tokens, gate=_times(clean(tokens.gate, scored), keep.to(logps.dtype)))
     if entry.covariance and tokens.selected is None:
-        tokens = replace(tokens, selected=by_covariance(objective, constants))
+        inside = replace(tokens, logps=logps.detach(), old_logps=clean(tokens.old_logps, scored))
+        tokens = replace(tokens, selected=by_covariance(objective, inside))
     bonus_weights = batch.bonus_weights(objective, bonus_mask)
     if bonus_weights is not None and tokens.entropy is None:
         raise ValueError("entropy: needed by entropy_coef")
@@ -188,9 +189,10 @@ def _evaluate(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, bac
         metrics, policy = _metrics_from_sums(objective, tokens, sums)
         metrics["policy_loss"] = policy
         return LossOutput(loss, logps.detach(), metrics)
-    vectors = ("entropy", "advantages", "ref_logps", "gate")
+    vectors = ("entropy", "advantages", "old_logps", "ref_logps", "gate")
     given: dict[str, Any] = {name: clean(getattr(tokens, name), scored) for name in vectors}
-    tokens = replace(tokens, logps=logps, old_logps=constants.old_logps, **given)
+    tokens = replace(tokens, logps=logps, **given)
+    tokens = replace(tokens, ratio=objective._ratio(tokens))
     loss = policy = weighted_terms(objective, tokens, batch.weights, None).sum()
     if entry.empty_loss and objective.aggregation in (None, entry.aggregation):
         loss = policy = policy + _empty_sequences(tokens, batch)

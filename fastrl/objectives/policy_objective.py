@@ -85,8 +85,8 @@ class PolicyObjective:
         clip_cov_ratio, clip_cov_lb, clip_cov_ub, kl_cov_ratio, ppo_kl_coef, dro_beta: verl's (which has no default for
             the last).
 
-    A token of logp -inf has ratio 0: it adds nothing where the ratio is a factor, and an infinite loss in its own token
-    where logps are (reinforce, gpg, vespo, dro with A != 0).
+    A token of logp -inf has ratio 0: it adds nothing where the ratio is a factor. Where logps are (reinforce, gpg,
+    vespo), it counts as the least finite number; in dro its loss is infinite. Its gradient is finite except in dro.
 
     `token_loss` and `metrics` are the definition. A fused kernel proven equal to them (`kernel_spec`) computes both and
     the gradients in one pass over the tokens.
@@ -287,7 +287,7 @@ class PolicyObjective:
 
     def token_loss(self, tokens: TokenBatch) -> Tensor:
         """Loss of each token, before aggregation and without the entropy bonus; broadcasts to the shape of logps."""
-        ratio, entry = self._ratio(tokens), self.surrogate
+        ratio, entry = self._ratio(tokens) if tokens.ratio is None else tokens.ratio, self.surrogate
         loss = entry.loss(self, tokens, ratio)
         if tokens.gate is not None and not entry.per_sequence:
             loss = loss * tokens.gate
@@ -346,7 +346,7 @@ class PolicyObjective:
         """live_fraction; kl and entropy: means over scored tokens (`tokens.mask`); the rest: see `policy_metrics`."""
         scored = mask if tokens.mask is None else tokens.mask
         out = {"live_fraction": live.sum() / mask.sum().clamp(min=1)}
-        ratio = self._ratio(tokens)
+        ratio = self._ratio(tokens) if tokens.ratio is None else tokens.ratio
         if self.sampled_kl:
             out["kl"] = masked_mean(self._kl(tokens, ratio), scored)
         if tokens.entropy is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -59,10 +59,32 @@ def sequence_log_ratio(tokens: TokenBatch, level: str) -> Tensor:
     return mean.detach() + (own - own.detach())
 
 
+class _Times(torch.autograd.Function):
+    """Product with a constant. An infinite x counts as the largest finite number, so that a factor of 0 makes it 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(factor: Tensor, x: Tensor) -> Tensor:
+        most = torch.finfo(x.dtype).max
+        return factor * x.clamp(-most, most)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad * ctx.saved_tensors[0]
+
+    @staticmethod
+    def jvp(ctx: Any, _: Tensor | None, tangent: Tensor) -> Tensor:
+        return tangent * ctx.saved_tensors[0]
+
+
 def _times(factor: Tensor, x: Tensor) -> Tensor:
-    """`factor * x`, but 0 where the factor is 0, also against an infinite x; in the gradient too."""
-    nothing = factor == 0
-    return factor * torch.where(nothing, 0.0, x)
+    return _Times.apply(factor, x)
 
 
 def _mean(objective: PolicyObjective, tokens: TokenBatch, x: Tensor, mask: Tensor) -> Tensor:
@@ -179,7 +201,7 @@ def within_kl(objective: PolicyObjective, tokens: TokenBatch, ratio: Tensor) -> 
     """The same with KL(old || policy) of the two outcomes "this token" and "any other"."""
     old = old_logps(tokens)
     p, q = tokens.logps.exp(), old.exp()
-    kl = _times(q, old - tokens.logps) + (1 - q) * torch.log((1 - q + 1e-8) / (1 - p + 1e-8))
+    kl = _times(-q, tokens.logps - old) + (1 - q) * torch.log((1 - q + 1e-8) / (1 - p + 1e-8))
     up, down = (kl <= objective._epsilon_high) | (p <= q), (kl <= objective.epsilon) | (p >= q)
     return torch.where(tokens.advantages > 0, up, down)
 

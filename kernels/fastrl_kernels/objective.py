@@ -32,6 +32,7 @@ class TokenBatch:
     per_sequence: bool = False  # advantages hold one value for all tokens of a sequence
     importance_ratio: Tensor | None = None  # the rollout-mismatch ratio, where it is not a factor and not in the gate
     selected: Tensor | None = None  # bool: the tokens that a statistic of the whole batch has picked
+    ratio: Tensor | None = None  # the importance ratio, where it is known already
 
 
 class TokenObjective(Protocol):
