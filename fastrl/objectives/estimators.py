@@ -65,6 +65,10 @@ class _Batch:
     def layout(self) -> dict[str, Any]:
         return {"cu_seqlens": self.cu_seqlens, "backend": self.backend}
 
+    def with_missing(self, per_sequence: Tensor) -> Tensor:
+        """NaN where a sequence has no reward, so that whitening leaves it out."""
+        return per_sequence.masked_fill(~self.scores.isfinite(), torch.nan)
+
     def spread(self, per_sequence: Tensor) -> Tensor:
         return inside(self.sequences.spread(per_sequence), self.mask)
 
@@ -109,7 +113,9 @@ def _gdpo(
 
 
 def _group_whitened(batch: _Batch, *, baseline: str = "mean", lone: str = "zero") -> Estimate:
-    return _twice(whiten(_group(batch, baseline=baseline, scale="none", lone=lone)[0], batch.mask))
+    options = {"baseline": baseline, "scale": "none", "lone": lone, "backend": batch.backend}
+    advantages = group_advantages(batch.scores, batch.groups, **options)  # type: ignore[arg-type]
+    return _twice(whiten(batch.spread(batch.with_missing(advantages)), batch.mask))
 
 
 def _rloo(batch: _Batch, *, normalize: bool = False) -> Estimate:
@@ -169,7 +175,9 @@ def _shaped(
     if baseline is not None:
         groups = torch.zeros_like(batch.scores, dtype=torch.int64) if baseline == "batch_mean" else batch.groups
         over = "mean" if baseline == "batch_mean" else baseline
-        rewards = group_advantages(batch.scores, groups, baseline=over, scale=scale, eps=1e-9, backend=batch.backend)
+        rewards = batch.with_missing(
+            group_advantages(batch.scores, groups, baseline=over, scale=scale, eps=1e-9, backend=batch.backend)
+        )
     return token_rewards(
         rewards, batch.mask, kl=kl, kl_coef=kl_coef, clip_range=clip_range, cu_seqlens=batch.cu_seqlens
     )
@@ -192,7 +200,7 @@ def _reinforce(
     if not normalize and not divide_by_std:
         raise ValueError("divide_by_std: this estimator does not normalize, there is no division to leave out")
     if not normalize:
-        return _twice(returns)
+        return _twice(inside(returns, batch.mask & returns.isfinite()))
     return whiten(returns, batch.mask, preset="openrlhf", divide_by_std=divide_by_std), returns
 
 
@@ -288,7 +296,8 @@ def compute_advantages(
 
     Returns:
         advantages and returns (those of the critic, or the advantages again where there is none), in the shape of mask,
-        exactly 0 outside it.
+        exactly 0 outside it. A sequence whose reward is NaN or infinite gets advantages of 0 and is left out of all
+        statistics; its returns, where they are a critic's, are not finite.
 
     Raises:
         ValueError: an unknown preset or estimator, an option that this estimator does not have, no group_ids where it

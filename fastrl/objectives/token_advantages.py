@@ -138,18 +138,20 @@ def remax_advantages(
 
     Args:
         rewards: `(B, T)`, or `(N,)` with cu_seqlens, per token; mask: of the same shape.
-        baseline_rewards: `(B,)`, the greedy completion's total reward; NaN (it got none) gives the sequence 0s.
+        baseline_rewards: `(B,)`, the greedy completion's total reward.
 
     Returns:
-        advantages and rewards to go, in the shape of mask, exactly 0 outside it.
+        advantages and rewards to go, in the shape of mask, exactly 0 outside it. An advantage that a NaN or infinite
+        reward of either completion would make so is 0.
     """
     mask = mask.bool()
     returns = discounted_returns(rewards, mask, cu_seqlens=cu_seqlens, backend=backend)
     sequences = sequences_of(mask, cu_seqlens, "mask")
     validation.check_shape("baseline_rewards", baseline_rewards, (sequences.count,), "one per sequence")
-    baseline = sequences.spread(baseline_rewards.to(returns.dtype))
-    known = mask if not bool(baseline_rewards.isnan().any()) else mask & ~baseline.isnan()
-    return inside(returns - baseline, known), returns
+    advantages = returns - sequences.spread(baseline_rewards.to(returns.dtype))
+    if not bool(advantages.sum().isfinite()):
+        mask = mask & advantages.isfinite()
+    return inside(advantages, mask), returns
 
 
 @torch.no_grad()

@@ -194,13 +194,30 @@ def test_one_score_per_sequence_or_one_per_token() -> None:
                 assert x.any() and not x[~mask].any()
 
 
-def test_a_bad_reward_stays_where_it_belongs() -> None:
-    mask, groups = torch.ones(4, 3), torch.tensor([0, 0, 1, 1])
-    for bad in (NAN, INF):
-        rewards = torch.tensor([1.0, 2.0, bad, 5.0])
-        for preset, name in [("verl", "grpo"), ("verl", "reinforce_plus_plus"), ("openrlhf", "reinforce_baseline")]:
-            advantages, _ = compute_advantages(name, rewards, mask, preset=preset, group_ids=groups)
-            assert advantages.isfinite().all() and not advantages[2].any() and advantages[:2].all()
+@pytest.mark.parametrize("bad", (NAN, INF, -INF))
+@pytest.mark.parametrize(("preset", "name"), [(p, n) for p, names in ESTIMATORS.items() for n in names])
+def test_a_sequence_without_a_reward_is_as_if_it_were_not_there(preset: str, name: str, bad: float) -> None:
+    mask = torch.tensor([[1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 1, 0], [0, 1, 1], [1, 1, 1]], dtype=torch.bool)
+    groups = torch.tensor([0, 0, 1, 1, 1, 0])
+    tokens = {"logps": -torch.rand(6, 3).double(), "sum_pi_squared": torch.rand(6, 3).double()}
+    extra: dict[str, dict[str, Tensor]] = {
+        "gae": {"values": torch.randn(6, 3).double()},
+        "remax": {"baseline_rewards": torch.randn(6).double()},
+        "optimal_token_baseline": tokens,
+        "tir_optimal_token_baseline": tokens,
+    }
+    inputs = extra.get(name, {})
+    if preset == "openrlhf":
+        inputs = {**inputs, "kl": torch.rand(6, 3).double()}
+    options: dict[str, Any] = {"preset": preset, **({"kl_coef": 0.1} if preset == "openrlhf" else {})}
+    rewards = torch.tensor([1.0, 2.5, bad, 5.0, 3.0, 4.0], dtype=torch.float64)
+    rewards = rewards.unsqueeze(-1) if name == "gdpo" else rewards
+    rest = torch.tensor([0, 1, 3, 4, 5])
+    got, _ = compute_advantages(name, rewards, mask, group_ids=groups, **inputs, **options)
+    less = {key: x[rest] for key, x in inputs.items()}
+    want, _ = compute_advantages(name, rewards[rest], mask[rest], group_ids=groups[rest], **less, **options)
+    torch.testing.assert_close(got[rest], want, rtol=1e-12, atol=1e-12)
+    assert not got[2].any() and want.any()
 
 
 def test_wrong_arguments_are_named() -> None:
