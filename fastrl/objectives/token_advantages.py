@@ -105,8 +105,8 @@ def discounted_returns(
 ) -> Tensor:
     """Rewards to go, `R_t = r_t + gamma * R_next`, over the tokens of the mask; no gradient.
 
-    The advantages of REINFORCE and, whitened, of REINFORCE++ (Hu et al. 2025). GAE's scan with lambda 1 and no values;
-    its arguments, masks and result are `gae`'s. A reward that is NaN or infinite reaches the earlier tokens of its own
+    The advantages of REINFORCE and, whitened, of REINFORCE++ (Hu et al. 2025). GAE's scan with lambda 1 and no values, and
+    with gamma 1, if no backend is forced, a plain running sum; arguments, masks and result are `gae`'s. A reward that is NaN or infinite reaches the earlier tokens of its own
     sequence only.
     """
     if gamma != 1 or backend is not None:

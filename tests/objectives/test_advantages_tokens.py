@@ -52,6 +52,17 @@ def test_returns_and_packed(through: bool, backend: str) -> None:
     assert all(torch.equal(a, b[where]) and a.any() for a, b in zip(packed_gae, padded_gae, strict=True))
 
 
+def test_undiscounted_returns_are_the_scan_s() -> None:
+    rewards, mask, where, offsets = batch()
+    rewards[0, mask[0]] = INF
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)):
+        x = rewards.to(dtype)
+        got, scan = discounted_returns(x, mask), discounted_returns(x, mask, backend="cpu")
+        assert got.dtype == scan.dtype and got[1:].isfinite().all() and not got[~mask].any()
+        torch.testing.assert_close(got, scan, rtol=tolerance, atol=tolerance)
+        assert torch.equal(discounted_returns(x[where], mask[where].int(), cu_seqlens=offsets), got[where])
+
+
 def test_remax() -> None:
     rewards, mask, where, offsets = batch()
     baseline = torch.randn(6, dtype=torch.float64)
