@@ -105,9 +105,9 @@ def discounted_returns(
 ) -> Tensor:
     """Rewards to go, `R_t = r_t + gamma * R_next`, over the tokens of the mask; no gradient.
 
-    The advantages of REINFORCE and, whitened, of REINFORCE++ (Hu et al. 2025). GAE's scan with lambda 1 and no values, and
-    with gamma 1, if no backend is forced, a plain running sum; arguments, masks and result are `gae`'s. A reward that is NaN or infinite reaches the earlier tokens of its own
-    sequence only.
+    The advantages of REINFORCE and, whitened, of REINFORCE++ (Hu et al. 2025). GAE's scan with lambda 1 and no values,
+    and with gamma 1, if no backend is forced, a plain running sum; arguments, masks and result are `gae`'s. A reward
+    that is NaN or infinite reaches the earlier tokens of its own sequence only.
     """
     if gamma != 1 or backend is not None:
         options = {"gamma": gamma, "lam": 1.0, "through_mask": through_mask, "backend": backend}
