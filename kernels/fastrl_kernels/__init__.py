@@ -5,7 +5,7 @@ from .divergence import linear_divergence, linear_divergence_sum
 from .functional import TokenStats, gae, group_advantages, linear_logprobs, logprobs_from_logits
 from .head import LogitTransform, RowStats, accumulation_dtype
 from .objective import TokenBatch, TokenObjective, register_objective
-from .topk import linear_topk_logprobs
+from .topk import linear_topk_divergence_sum, linear_topk_logprobs
 
 __all__ = [
     "LogitTransform",
@@ -20,6 +20,7 @@ __all__ = [
     "linear_divergence",
     "linear_divergence_sum",
     "linear_logprobs",
+    "linear_topk_divergence_sum",
     "linear_topk_logprobs",
     "logprobs_from_logits",
     "reference",

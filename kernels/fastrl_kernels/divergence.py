@@ -164,39 +164,8 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[
     return row.new_empty(()), row, *ops._fake_gradients(hidden, weight, bias, Needs(*args[4:7]))
 
 
-def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    total, _, *grads = output
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.settings = inputs[7:]
-    ctx.traced = type(total) is not Tensor
-    if ctx.traced:
-        ctx.save_for_backward(*grads)
-    else:
-        # Held aside, not saved: the first backward gives these very tensors away, so that one dW exists and not two.
-        ctx.grads = Gradients(*grads)
-        ctx.exclusive = False  # see ops.give_up_gradients
-        ctx.save_for_backward(*inputs[:7])
-
-
-def _sum_backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing = [None] * (4 + len(ctx.settings))
-    if grad_total is None:
-        return None, None, None, *nothing
-    if ctx.traced:
-        scaled = [g * grad_total.to(g.dtype) for g in ctx.saved_tensors]
-    else:
-        grads, ctx.grads = ctx.grads, None
-        if grads is None:  # a second backward through the same graph: the first gave the gradients away
-            grads = Gradients(*linear_divergence_sum_op(*ctx.saved_tensors, *ctx.settings)[2:])
-        unit = grad_total.device.type == "cpu" and grad_total.item() == 1.0
-        scaled = list(grads) if unit else [g.mul_(grad_total) if ctx.exclusive else g * grad_total for g in grads]
-    needs = ctx.needs_input_grad[:3]
-    return *(g if need else None for g, need in zip(scaled, needs, strict=True)), *nothing
-
-
 linear_divergence_op.register_autograd(_backward, setup_context=_setup)
-linear_divergence_sum_op.register_autograd(_sum_backward, setup_context=_sum_setup)
+ops.register_single_pass(linear_divergence_sum_op, tensors=7)
 
 
 # Public functions ---------------------------------------------------------------------------------------------------

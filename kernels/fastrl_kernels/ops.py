@@ -504,6 +504,43 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *args: A
     return _fake_policy_loss(hidden, weight, bias, ids.shape[0], args[10], needs)
 
 
+def register_single_pass(op: Any, tensors: int) -> None:
+    """Autograd of an operator that makes its gradients with its value.
+
+    Its first output is a scalar, its last three are that scalar's gradients of its first three inputs: hidden, weight
+    and bias. Its first `tensors` inputs are tensors, or None.
+    """
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.settings = inputs[tensors:]
+        ctx.traced = type(output[0]) is not Tensor
+        if ctx.traced:
+            ctx.save_for_backward(*output[-3:])
+        else:
+            # Held aside, not saved: the first backward gives these very tensors away, so that one dW exists.
+            ctx.grads = output[-3:]
+            ctx.exclusive = False  # see give_up_gradients
+            ctx.save_for_backward(*inputs[:tensors])
+
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = [None] * (tensors - 3 + len(ctx.settings))
+        if grad is None:
+            return None, None, None, *nothing
+        if ctx.traced:
+            scaled = [g * grad.to(g.dtype) for g in ctx.saved_tensors]
+        else:
+            grads, ctx.grads = ctx.grads, None
+            if grads is None:  # a second backward through the same graph: the first gave the gradients away
+                grads = op(*ctx.saved_tensors, *ctx.settings)[-3:]
+            unit = grad.device.type == "cpu" and grad.item() == 1.0
+            scaled = list(grads) if unit else [g.mul_(grad) if ctx.exclusive else g * grad for g in grads]
+        return *(g if need else None for g, need in zip(scaled, ctx.needs_input_grad[:3], strict=True)), *nothing
+
+    op.register_autograd(backward, setup_context=setup)
+
+
 def _linear_policy_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     loss, _, _, _, *grads = output
     ctx.mark_non_differentiable(*output[1:])

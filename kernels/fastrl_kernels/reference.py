@@ -91,6 +91,26 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
     return beta * relative_entropy(log_q, log_m) + (1 - beta) * relative_entropy(log_p, log_m)
 
 
+def topk_divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float, tail: str) -> Tensor:
+    """`divergence` (...) by the log-probabilities (..., K) of a few tokens; -inf in log_q: the token is not given.
+
+    tail: "drop" sums over the tokens and no more; "renormalize" takes the distributions given that one of the tokens is
+    taken; "bucket" has one more outcome, any other token.
+    """
+    log_p = torch.where(log_q > -torch.inf, log_p, -torch.inf)
+    return divergence(_outcomes(log_p, tail), _outcomes(log_q, tail), kind, beta)
+
+
+def _outcomes(logps: Tensor, tail: str) -> Tensor:
+    if tail == "renormalize":
+        return logps.log_softmax(-1)
+    if tail == "bucket":
+        # log(1 - sum p); a rest of less than the rounding of the sum is taken for that rounding.
+        taken = logps.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(logps.dtype).eps)
+        return torch.cat([logps, torch.log(-torch.expm1(taken))], -1)
+    return logps
+
+
 def linear_divergence(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)

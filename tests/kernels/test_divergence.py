@@ -16,6 +16,7 @@ from fastrl_kernels import (
     divergence,
     linear_divergence,
     linear_divergence_sum,
+    linear_topk_divergence_sum,
     linear_topk_logprobs,
     planner,
     reference,
@@ -474,14 +475,18 @@ def test_operators_compile_and_are_well_registered() -> None:
         torch.library.opcheck(divergence.linear_divergence_op, (*given, mask, *end))
         needs = (grad, grad, grad)
         torch.library.opcheck(divergence.linear_divergence_sum_op, (*given, torch.rand(6), *needs, *end))
-        torch.library.opcheck(topk.linear_topk_logprobs_op, (*given[:3], ids, mask, 0.9, 1.0, 5.0, "cpu", None))
+        settings = (0.9, 1.0, 5.0, "cpu", None)
+        torch.library.opcheck(topk.linear_topk_logprobs_op, (*given[:3], ids, mask, *settings))
+        sums = (*given[:3], ids, -torch.rand(6, 3), torch.rand(6), *needs, "forward_kl", 0.0, "drop", *settings)
+        torch.library.opcheck(topk.linear_topk_divergence_sum_op, sums)
     leaves = [x["hidden"].requires_grad_(), x["weight"].requires_grad_()]
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         rest = (x["ref_hidden"], x["ref_weight"])
         each = linear_divergence(hidden, weight, *rest, kind="reverse_kl", mask=mask)
         total, rows = linear_divergence_sum(hidden, weight, *rest, torch.ones(6), kind="jsd")
-        return (each**2).sum() + total * 2 + rows.sum() + linear_topk_logprobs(hidden, weight, ids).sum()
+        few, *_ = linear_topk_divergence_sum(hidden, weight, ids, -torch.ones(6, 3), torch.ones(6))
+        return (each**2).sum() + total * 2 + rows.sum() + linear_topk_logprobs(hidden, weight, ids).sum() + few
 
     want = torch.autograd.grad(loss(*leaves), leaves)
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
@@ -578,3 +583,46 @@ def test_topk_gradcheck_with_a_repeated_id(backend: str, small_tiles: None) -> N
         ),
         leaves,
     )
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("tail", topk.TAILS)
+def test_topk_sum_is_the_definition_on_logprobs(tail: str, dtype: torch.dtype, small_tiles: None) -> None:
+    x = heads(11, 6, 1, 300, dtype, bias=True)
+    leaves = [x[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    call = {"bias": x["bias"], "temperature": 0.7, "softcap": 9.0}
+    ids, weights = torch.randint(300, (11, 5)), torch.randn(11) * (torch.rand(11) > 0.3)
+    ref = torch.randn(11, 300).log_softmax(-1).gather(-1, ids)
+    ref[3, 4:], ref[weights == 0] = -torch.inf, torch.nan
+    x["hidden"].data[weights == 0], ids[weights == 0] = torch.nan, -1
+    for kind, beta in KINDS[:1] if tail == "drop" else KINDS:
+        total, rows, logps = linear_topk_divergence_sum(
+            *leaves[:2], ids, ref, weights, kind=kind, beta=beta, tail=tail, **call
+        )
+        each = linear_topk_logprobs(*leaves[:2], ids, mask=weights != 0, **call)
+        assert torch.equal(logps, each) and not rows.requires_grad and not logps.requires_grad
+        live = weights != 0
+        want_rows = reference.topk_divergence(each[live], ref[live], kind, beta or 0.0, tail)
+        torch.testing.assert_close(rows[live], want_rows.detach(), rtol=1e-5, atol=1e-7)
+        assert (rows[~live] == 0).all()
+        want = (want_rows * weights[live]).sum()
+        torch.testing.assert_close(total, want)
+        first = torch.autograd.grad(total * 3, leaves, retain_graph=True)
+        again = torch.autograd.grad(total * 3, leaves)
+        for a, b, c in zip(first, again, torch.autograd.grad(want * 3, leaves), strict=True):
+            assert torch.equal(a, b)
+            assert error(a, c) < (1e-2 if dtype == torch.bfloat16 else 2e-6)
+
+
+def test_topk_sum_costs_one_pass_over_live_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weights = heads(20, 4, 1, 50, torch.float32), torch.zeros(20)
+    weights[[3, 7, 8]] = 1.0
+    projected = []
+    project = divergence.Head.project
+    monkeypatch.setattr(
+        divergence.Head, "project", lambda self, rows, *rest: projected.append(len(rows)) or project(self, rows, *rest)
+    )
+    x["hidden"].requires_grad_()
+    ids = torch.randint(50, (20, 3))
+    linear_topk_divergence_sum(x["hidden"], x["weight"], ids, -torch.rand(20, 3), weights)[0].backward()
+    assert projected == [3]
