@@ -50,17 +50,16 @@ def _log_ratio(logps, old_ptr, row, T, cols, inside, keep):
 @triton.jit
 def _kl_and_slope(logps, ref_logps, factor, ESTIMATOR: tl.constexpr):
     """The KL estimate, and its derivative in logps times `factor`."""
-    nowhere = (ref_logps == float("-inf")) & (logps == float("-inf"))  # neither policy can take this token
-    d = tl.where(nowhere, 0.0, ref_logps - logps)
+    d = tl.where(ref_logps == logps, 0.0, ref_logps - logps)  # of two -inf too: neither policy can take this token
     if ESTIMATOR == "k1":
-        kl, slope = -d, factor
+        kl, slope = -d, tl.where((d == 0.0) & (logps == float("-inf")), 0.0, factor)
     elif ESTIMATOR == "k2":
         kl, slope = 0.5 * d * d, tl.where(tl.abs(d) == float("inf"), 0.0, -d * factor)
     else:
-        e, endless = tl.exp(d), d == float("inf")
-        kl = tl.where(endless, d, e - d - 1.0)
-        slope = tl.where(endless, 0.0, factor - factor * e)  # an infinite ratio leaves NaN, as in autograd
-    return kl, tl.where(nowhere, 0.0, slope)
+        e = tl.exp(d)
+        kl = tl.where(d == float("inf"), d, e - d - 1.0)
+        slope = tl.where(d == float("inf"), 0.0, factor - factor * e)  # an infinite ratio leaves NaN, as in autograd
+    return kl, slope
 
 
 @triton.jit
