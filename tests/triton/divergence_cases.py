@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrl_kernels import linear_divergence, linear_divergence_sum, linear_topk_logprobs, reference
+from fastrl_kernels import (
+    linear_divergence,
+    linear_divergence_sum,
+    linear_topk_divergence_sum,
+    linear_topk_logprobs,
+    reference,
+)
 from fastrl_kernels.head import LogitTransform, accumulation_dtype
 from fastrl_kernels.triton import divergence_rows
 from fastrl_kernels.triton.divergence_rows import divergence_candidates
@@ -135,13 +141,16 @@ def test_the_public_functions(kind: str) -> None:
     x = [torch.randn(7, 5), torch.randn(507, 5), torch.randn(7, 3), torch.randn(507, 3)]
     x = [y.double() for y in x]
     leaves, mask, ids = [y.requires_grad_() for y in x[:2]], torch.rand(7) > 0.3, torch.randint(507, (7, 4))
-    weights, upstream = torch.randn(7).double() * mask, torch.randn(7, 4).double()
+    weights, upstream = torch.randn(7).double() * mask, 3 + torch.rand(7, 4).double()
 
     def outputs(backend: str) -> list[Tensor]:
         each = linear_divergence(*x, kind=kind, mask=mask, temperature=0.7, backend=backend)
         total, _ = linear_divergence_sum(*x, weights, kind=kind, softcap=5.0, backend=backend)
         taken = linear_topk_logprobs(*x[:2], ids, mask=mask, softcap=5.0, backend=backend)
-        losses = ((each * weights).sum(), total, (taken * upstream).sum())
+        few, *_ = linear_topk_divergence_sum(
+            *x[:2], ids, -upstream.abs(), weights, kind=kind, tail="bucket", backend=backend
+        )
+        losses = ((each * weights).sum(), total, (taken * upstream).sum(), few)
         return [*losses, *(g for loss in losses for g in torch.autograd.grad(loss, leaves))]
 
     for ours, want in zip(outputs("triton"), outputs("reference"), strict=True):

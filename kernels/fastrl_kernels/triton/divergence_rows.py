@@ -30,10 +30,10 @@ from fastrl_kernels.triton.launch import (
 from fastrl_kernels.triton.transform import load_product, logit_and_slope, transform_scales
 
 # A thread has one 16-byte load of each tile: with more, two tiles, two sums and the logarithms of the mixture take 64
-# registers and more, of which ptxas spills some for sm_80 and sm_100. The first of a table is the choice by rule.
+# registers and more, of which ptxas spills some. The first of a table is the choice by rule.
 _SHORT, _SHORT_FP64 = (RowConfig(512, 4),), (RowConfig(256, 4),)
 _LONG = (RowConfig(2048, 16), RowConfig(1024, 8))
-_LONG_FP64 = (RowConfig(1024, 8), RowConfig(512, 4))
+_LONG_FP64 = (RowConfig(512, 8),)
 MEASURED_ROWS = 512  # enough to fill any GPU
 
 
