@@ -36,12 +36,12 @@ def checked_tokens(
     checked = validation.check_mask(mask, shape, device)
     if checked is None:
         raise ValueError(f"mask: expected a tensor of shape {tuple(shape)}, got None")
-    if advantages.shape not in ((b,), shape):
+    per_sequence = tuple(advantages.shape) == (b,)
+    if not per_sequence and tuple(advantages.shape) != tuple(shape):
         raise ValueError(f"advantages: expected shape ({b},) or {tuple(shape)}, got {tuple(advantages.shape)}")
-    if importance_ratio is not None and importance_ratio.shape not in (shape, (b, 1)):
-        raise ValueError(
-            f"importance_ratio: expected shape {tuple(shape)} or ({b}, 1), got {tuple(importance_ratio.shape)}"
-        )
+    of_ratio = None if importance_ratio is None else tuple(importance_ratio.shape)
+    if importance_ratio is not None and of_ratio != tuple(shape) and of_ratio != (b, 1):
+        raise ValueError(f"importance_ratio: expected shape {tuple(shape)} or ({b}, 1), got {of_ratio}")
     given = {"old_logps": old_logps, "ref_logps": ref_logps, "selected": selected}
     for name, x in given.items():
         if x is not None:
@@ -53,7 +53,6 @@ def checked_tokens(
     def constant(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().to(dtype)
 
-    per_sequence = advantages.shape == (b,)
     adv, ratio = advantages.detach().to(dtype), constant(importance_ratio)
     adv = sequences.spread(adv) if per_sequence else adv
     gate = None if ratio_inside else ratio

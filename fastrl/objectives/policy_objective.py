@@ -86,7 +86,7 @@ class PolicyObjective:
             the last).
 
     A token of logp -inf has ratio 0: it adds nothing where the ratio is a factor. Where logps are (reinforce, gpg,
-    vespo), it counts as the least finite number; in dro its loss is infinite. Its gradient is finite except in dro.
+    vespo), it counts as the least finite number and gets no gradient; in dro loss and gradient of it are infinite.
 
     `token_loss` and `metrics` are the definition. A fused kernel proven equal to them (`kernel_spec`) computes both and
     the gradients in one pass over the tokens.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -59,32 +59,10 @@ def sequence_log_ratio(tokens: TokenBatch, level: str) -> Tensor:
     return mean.detach() + (own - own.detach())
 
 
-class _Times(torch.autograd.Function):
-    """Product with a constant. An infinite x counts as the largest finite number, so that a factor of 0 makes it 0."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(factor: Tensor, x: Tensor) -> Tensor:
-        most = torch.finfo(x.dtype).max
-        return factor * x.clamp(-most, most)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.save_for_forward(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, grad * ctx.saved_tensors[0]
-
-    @staticmethod
-    def jvp(ctx: Any, _: Tensor | None, tangent: Tensor) -> Tensor:
-        return tangent * ctx.saved_tensors[0]
-
-
 def _times(factor: Tensor, x: Tensor) -> Tensor:
-    return _Times.apply(factor, x)
+    """Their product; an infinite x counts as the largest finite number, so that a factor of 0 makes it 0."""
+    most = torch.finfo(x.dtype).max
+    return factor * x.clamp(-most, most)
 
 
 def _mean(objective: PolicyObjective, tokens: TokenBatch, x: Tensor, mask: Tensor) -> Tensor:
@@ -561,17 +539,3 @@ PRESETS: Mapping[str | None, Conventions] = {
         length_eps=1e-8,
     ),
 }
-
-
-def loss_table() -> str:
-    """The loss types as a Markdown table: formula, aggregation, options, presets, peer, paper, use."""
-    names = "loss_type, loss of a token, aggregation, own options, presets, pass, agrees with, paper, use"
-    head = tuple(names.split(", "))
-    rows = [head, ("---",) * len(head)]
-    for name, entry in LOSSES.items():
-        presets = ", ".join(preset for preset, origin in PRESETS.items() if preset and name in origin.losses)
-        options = ", ".join(entry.options)
-        passes = "single" if entry.token_local else "two"
-        row = (name, entry.formula, entry.aggregation, options, presets, passes, entry.peer, entry.paper, entry.use)
-        rows.append(tuple(cell.replace("|", "\\|") for cell in row))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
