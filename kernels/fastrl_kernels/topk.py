@@ -58,7 +58,7 @@ def _pass(
             products, out, token, transform, head.bias, stats.row_max, stats.log_sum, None, None, None, -grad.sum(-1),
             None, None,
         )  # fmt: skip
-        slope = transform.logit_scale / transform.temperature
+        slope: float | Tensor = transform.logit_scale / transform.temperature
         if transform.softcap is not None:
             slope = slope * (1 - (z * transform.temperature / transform.softcap) ** 2)
         out.scatter_add_(1, columns, (grad * slope).to(out.dtype))
