@@ -49,15 +49,15 @@ def by_covariance(objective: PolicyObjective, tokens: TokenBatch, scores: Tensor
     logps, mask = tokens.logps, mask_of(tokens)
     advantages = tokens.advantages.expand_as(logps)
     known = mask & logps.isfinite() & advantages.isfinite()
-    count = mask.sum().double()
     centred = [x - torch.where(known, x, 0.0).sum() / known.sum().clamp(min=1) for x in (advantages, logps)]
     covariance = torch.where(known, centred[0] * centred[1], -torch.inf)
     if objective.loss_type == "kl_cov":
-        return _largest(covariance, objective.kl_cov_ratio * count)
+        return _largest(covariance, objective.kl_cov_ratio, mask)
     low, high = ratio_clipped(objective, tokens, objective._ratio(tokens))
     between = (covariance > objective.clip_cov_lb) & (covariance < objective.clip_cov_ub)
     scores = torch.rand_like(logps) if scores is None else scores
-    return _largest(torch.where(between & ~(low | high), scores, -torch.inf), objective.clip_cov_ratio * count)
+    candidates = between & ~(low | high)
+    return _largest(torch.where(candidates, scores, -torch.inf), objective.clip_cov_ratio, mask)
 
 
 def covariance_tokens(
@@ -100,8 +100,14 @@ def covariance_tokens(
     return by_covariance(objective, tokens, scores)
 
 
-def _largest(values: Tensor, k: Tensor) -> Tensor:
-    """The k largest values (at least one; k rounded down), never one that is -inf; without a synchronisation."""
-    order = values.flatten().argsort(descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    return (rank < k.floor().clamp(min=1)).view_as(values) & (values > -torch.inf)
+def _largest(values: Tensor, share: float, mask: Tensor) -> Tensor:
+    """The share of the mask's tokens of largest value (rounded down, at least one), never one that is -inf.
+
+    Without a synchronisation: the number of tokens that is looked at is that of a full mask.
+    """
+    flat = values.flatten()
+    most = min(flat.shape[0], max(1, int(share * flat.shape[0])))
+    top = flat.topk(most)
+    count = (share * mask.sum().double()).floor().clamp(min=1)
+    chosen = (torch.arange(most, device=flat.device) < count) & (top.values > -torch.inf)
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(0, top.indices, chosen).view_as(values)
