@@ -215,7 +215,7 @@ class GRPOConfig(TrainingArguments):
     )
     tokens_per_pass: int | None = field(
         default=None,
-        metadata={"help": "Most tokens of one forward and backward; memory grows with it. None: chosen by device. Not with FSDP."},
+        metadata={"help": "Most tokens of one forward and backward; None: chosen by device. Not with FSDP."},
     )
     loss_backend: str | None = field(
         default=None, metadata={"help": "'reference', 'cpu', 'triton', 'cuda'; None: chosen."}
