@@ -45,6 +45,7 @@ from .rollout_correction import CorrectedRollouts, Rejection, RolloutCorrection,
 from .sequences import Sequences
 from .supervised import linear_sft_loss, sft_loss
 from .token_advantages import discounted_returns, gae, optimal_token_baseline, remax_advantages, whiten
+from .token_selection import covariance_tokens, entropy_threshold
 from .value import ValueOutput, explained_variance, linear_value_loss, value_loss
 
 __all__ = [
@@ -74,8 +75,10 @@ __all__ = [
     "best_of_k_advantages",
     "combine_rewards",
     "compute_advantages",
+    "covariance_tokens",
     "discounted_returns",
     "distillation_loss",
+    "entropy_threshold",
     "explained_variance",
     "gae",
     "gpg_advantages",
