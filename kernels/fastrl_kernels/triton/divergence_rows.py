@@ -30,7 +30,7 @@ from fastrl_kernels.triton.launch import (
 from fastrl_kernels.triton.transform import load_product, logit_and_slope, transform_scales
 
 # A thread has one 16-byte load of each tile: with more, two tiles, two sums and the logarithms of the mixture take 64
-# registers and more, of which ptxas spills some. The first of a table is the choice by rule.
+# registers and more. The first of a table is the choice by rule.
 _SHORT, _SHORT_FP64 = (RowConfig(512, 4),), (RowConfig(256, 4),)
 _LONG = (RowConfig(2048, 16), RowConfig(1024, 8))
 _LONG_FP64 = (RowConfig(512, 8),)
@@ -267,6 +267,7 @@ def divergence_rows(
             REF_SOFTCAP=ref_transform.softcap is not None,
             BLOCK_SIZE=config.block_size,
             num_warps=config.num_warps,
+            maxnreg=128,  # what 16 warps may have: left to itself, ptxas spills a few bytes to fit more programs
             # The logits must come out alike in all three passes, or the probabilities do not add up to one.
             enable_fp_fusion=False,
         )
