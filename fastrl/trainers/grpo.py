@@ -131,13 +131,8 @@ class GRPOTrainer(PromptTrainer):
         if self.reference is not None:
             self.patches.append(patch_model(self.reference))
             self.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
-        if self.is_fsdp_enabled and args.tokens_per_pass is not None:
-            raise ValueError(
-                "tokens_per_pass: not with FSDP, under which every process must run the model equally often; a smaller "
-                "per_device_train_batch_size bounds the memory"
-            )
-        tokens = math.inf if self.is_fsdp_enabled else args.tokens_per_pass
-        self.packer = Packer.for_model(policy, args.share_prompts, tokens)
+        # Under FSDP every process must run the model equally often.
+        self.packer = Packer.for_model(policy, args.share_prompts, args.tokens_per_pass, one_pass=self.is_fsdp_enabled)
         self.metrics = MetricStore()
         self.engine = rollout_engine or TransformersEngine(
             lambda: self.accelerator.unwrap_model(self.model_wrapped),

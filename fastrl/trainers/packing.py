@@ -73,7 +73,12 @@ class Packer:
 
     @classmethod
     def for_model(
-        cls, model: nn.Module, share_prompts: bool | None = None, tokens_per_pass: float | None = None
+        cls,
+        model: nn.Module,
+        share_prompts: bool | None = None,
+        tokens_per_pass: float | None = None,
+        *,
+        one_pass: bool = False,
     ) -> Packer:
         """The layout for a causal LM, wrapped or not.
 
@@ -81,11 +86,19 @@ class Packer:
             model: the policy; its reference and its copies have the same layout.
             share_prompts: None: where it is exact; True: it must be; False: never.
             tokens_per_pass: at most so many tokens in one pass, padding included, unless one sequence has more; None:
-                `TOKENS_PER_PASS` of the model's device; inf: one pass.
+                `TOKENS_PER_PASS` of the model's device.
+            one_pass: everything in one pass, as under FSDP.
 
         Raises:
-            ValueError: share_prompts=True for a model where that is not exact.
+            ValueError: share_prompts=True for a model where that is not exact; tokens_per_pass together with one_pass.
         """
+        if one_pass and tokens_per_pass is not None:
+            raise ValueError(
+                "tokens_per_pass: not with FSDP, under which every process must run the model equally often; a smaller "
+                "per_device_train_batch_size bounds the memory"
+            )
+        if one_pass:
+            tokens_per_pass = math.inf
         sharing = prompt_sharing(model)
         if share_prompts and not sharing.longest:
             raise ValueError(f"share_prompts: not exact for this model: {sharing.why}; set it to None or False")

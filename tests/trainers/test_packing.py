@@ -179,6 +179,13 @@ def test_packed_groups_are_exact(family: str, attention: str) -> None:
     assert_same(run(model, rollouts, Packer.for_model(model, share_prompts=False, tokens_per_pass=40)), want)
 
 
+def test_one_pass_takes_everything_and_refuses_a_bound() -> None:
+    model = make("qwen2")
+    assert len(Packer.for_model(model, one_pass=True).passes(shuffled_groups())) == 1
+    with pytest.raises(ValueError, match=r"tokens_per_pass.*FSDP"):
+        Packer.for_model(model, tokens_per_pass=30, one_pass=True)
+
+
 def test_the_comparison_notices_a_completion_that_sees_another() -> None:
     model = make("qwen2")
     rollouts = shuffled_groups()
