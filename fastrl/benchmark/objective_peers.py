@@ -227,7 +227,7 @@ def trl_pairs(kind: str, *, mean: bool, **config: Any) -> Form:
     itself = _trainer(f"trl.experimental.{kind.lower()}.{kind.lower()}", kind, **config)
 
     def run(logps: Tensor, mask: Tensor) -> Tensor:
-        sums, counts = logps.sum(-1), mask.sum(-1)
+        sums, counts = (logps * mask).sum(-1), mask.sum(-1)  # as its `get_batch_logps`
         chosen, rejected = (sums / counts if mean else sums).chunk(2)
         half = chosen.shape[0]
         nll = -sums[:half].sum() / counts[:half].sum()

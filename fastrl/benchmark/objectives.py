@@ -127,7 +127,7 @@ def policy_comparisons(b: int, t: int, device: torch.device) -> Iterator[Compari
         )  # fmt: skip
 
 
-def _policy(objective: PolicyObjective, logps: Tensor, ref_logps: Tensor | None = None, **inputs: Tensor) -> Tensor:
+def _policy(objective: PolicyObjective, logps: Tensor, ref_logps: Tensor | None = None, **inputs: Any) -> Tensor:
     return policy_loss(logps, objective, ref_logps=ref_logps if objective.beta else None, **inputs).loss
 
 

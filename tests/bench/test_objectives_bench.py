@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 from fastrl.benchmark import objective_heads, objectives, suite, tables
 from fastrl.benchmark.comparisons import OP, Comparison, objective_workload
 from fastrl.benchmark.objective_peers import Absent
-from fastrl.benchmark.workload import Effort, measure
+from fastrl.benchmark.workload import Effort, _errors, allowed_errors, measure
 
 CPU = torch.device("cpu")
 ONCE = Effort(0.0, 1, 1)
@@ -58,15 +57,18 @@ def test_ours_agrees_with_every_peer_that_is_installed(group: str) -> None:
         except Absent as reason:
             absent[str(reason)] = comparison.title
             continue
-        rows = measure(workload, CPU, ONCE, silent)
-        refused = {row["contender"]: row["refused"] for row in rows if "refused" in row}
-        assert refused == {}, f"{comparison.group}: {comparison.title}"
+        expected, judged = workload.expected(), None
+        for entry in sorted(workload.entries, key=lambda e: not e.judge):
+            errors = _errors(entry.call(), expected)
+            judged = errors if entry.judge else judged
+            allowed = allowed_errors(workload.dtype, entry, errors, judged)
+            what = f"{comparison.group}: {comparison.title}: {entry.name}"
+            assert all(errors[part] <= allowed[part] for part in errors), (what, errors, allowed)
         compared += len(comparison.peers) - len(workload.not_run)
     assert len(titles) == len(set(titles)) > 0
-    for module in ("verl", "trl", "liger_kernel"):
-        if importlib.util.find_spec(module) is None:
-            continue
-        assert compared > 0 or not any(module in reason for reason in absent), absent
+    assert all("can't be imported" in reason for reason in absent)
+    if compared == 0:
+        pytest.skip("; ".join(absent))
 
 
 def test_a_result_that_differs_from_the_origin_gets_no_time() -> None:
