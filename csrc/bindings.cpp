@@ -156,6 +156,21 @@ void policy_terms(bool fp64, int64_t rows, int64_t cols, uintptr_t logps, uintpt
                 [&](int64_t begin, int64_t end) { current_kernels->policy_terms(args, begin, end); });
 }
 
+void surrogate_terms(bool fp64, int64_t rows, int64_t cols, uintptr_t logps, uintptr_t entropy, uintptr_t advantages,
+                     bool row_advantages, uintptr_t old_logps, uintptr_t gate, bool row_gate, uintptr_t scored, uintptr_t mask,
+                     uintptr_t live, uintptr_t token_weight, int surrogate, bool row_mean, double low, double high, double cap,
+                     double log_low, double log_high, double tau_pos, double tau_neg, double coef, uintptr_t grad_logps,
+                     uintptr_t sums, int threads) {
+  const fastrl::SurrogateTermsArgs args{
+      fp64, rows, cols, pointer<void>(logps), pointer<void>(entropy), pointer<void>(advantages), row_advantages,
+      pointer<void>(old_logps), pointer<void>(gate), row_gate, pointer<uint8_t>(scored), pointer<uint8_t>(mask),
+      pointer<uint8_t>(live), pointer<void>(token_weight), static_cast<fastrl::Surrogate>(surrogate), row_mean, low, high, cap,
+      log_low, log_high, tau_pos, tau_neg, coef, pointer<void>(grad_logps), pointer<double>(sums)};
+  py::gil_scoped_release release;
+  parallel_rows(rows, threads_for(rows * cols, threads),
+                [&](int64_t begin, int64_t end) { current_kernels->surrogate_terms(args, begin, end); });
+}
+
 void divergence_rows(bool fp64, int64_t rows, int64_t cols, uintptr_t tile, int64_t stride, uintptr_t ref_tile,
                      int64_t ref_stride, double temperature, double logit_scale, double softcap, uintptr_t bias,
                      double ref_temperature, double ref_logit_scale, double ref_softcap, uintptr_t ref_bias, int kind,
@@ -197,6 +212,7 @@ PYBIND11_MODULE(_C, m) {
           parallel_rows(args.moves, threads, [&](int64_t begin, int64_t end) { current_kernels->grad(args, begin, end); });
         }));
   m.def("policy_terms", &policy_terms);
+  m.def("surrogate_terms", &surrogate_terms);
   m.def("divergence_rows", &divergence_rows);
   m.def("group_advantages",
         group_advantages<int>([](const fastrl::AdvantageArgs& args, int) { fastrl::group_advantages(args); }));

@@ -4,6 +4,7 @@
 #include "../rows.h"
 #include "divergence.h"
 #include "policy_terms.h"
+#include "surrogate_terms.h"
 
 namespace fastrl {
 
@@ -14,6 +15,7 @@ struct RowKernels {
   void (*grad)(const GradArgs&, int64_t begin, int64_t end);
   void (*policy_terms)(const PolicyTermsArgs&, int64_t begin, int64_t end);
   void (*divergence)(const DivergenceArgs&, int64_t begin, int64_t end);
+  void (*surrogate_terms)(const SurrogateTermsArgs&, int64_t begin, int64_t end);
 };
 
 const RowKernels& row_kernels_generic();

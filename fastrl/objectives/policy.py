@@ -13,10 +13,10 @@ from torch.autograd import forward_ad
 from fastrl_kernels import TokenBatch, backends, linear_divergence_sum, linear_logprobs, ops, validation
 from fastrl_kernels.functional import harmonize
 from fastrl_kernels.head import LogitTransform
-from fastrl_kernels.objective import weighted_terms
+from fastrl_kernels.objective import TermSums, weighted_terms
 
 from .policy_inputs import checked_tokens, clean
-from .policy_metrics import masked_mean
+from .policy_metrics import masked_mean, metrics_from_sums
 from .policy_objective import LOSS_TYPES, PolicyObjective
 from .token_selection import by_covariance, entropy_threshold, on_policy
 
@@ -189,6 +189,17 @@ def _evaluate(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, bac
         metrics, policy = _metrics_from_sums(objective, tokens, sums)
         metrics["policy_loss"] = policy
         return LossOutput(loss, logps.detach(), metrics)
+    if bonus_weights is None and _surrogate_serves(objective, tokens, batch.weights, backend):
+        gradients = torch.is_grad_enabled() and tokens.logps.requires_grad
+        constants = replace(tokens, entropy=None if tokens.entropy is None else tokens.entropy.detach())
+        arguments = (constants, batch.weights, batch.mask, batch.live, objective, gradients)
+        loss, sums = ops.SurrogateTermsFunction.apply(tokens.logps, *arguments)
+        if objective.preset in (None, "trl") and entry.clipped is not None and objective.loss_type != "cispo":
+            metrics, _ = _metrics_from_sums(objective, tokens, sums[:, : len(TermSums._fields)])
+        else:
+            metrics = metrics_from_sums(objective, sums, logps.dtype, tokens.entropy is not None)
+        metrics["policy_loss"] = loss.detach()
+        return LossOutput(loss, logps.detach(), metrics)
     vectors = ("entropy", "advantages", "old_logps", "ref_logps", "gate")
     given: dict[str, Any] = {name: clean(getattr(tokens, name), scored) for name in vectors}
     tokens = replace(tokens, logps=logps, **given)
@@ -239,6 +250,19 @@ def _kernel_serves(
         return False
     # torch.func and forward-mode autograd have no rule for the operator.
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+
+def _surrogate_serves(objective: PolicyObjective, tokens: TokenBatch, weights: Tensor, backend: str) -> bool:
+    """Whether the CPU's kernel of the other policy terms may stand in for the definition."""
+    if backend != "cpu" or tokens.logps.ndim != 2 or tokens.selected is not None or torch.compiler.is_compiling():
+        return False
+    dtype = tokens.logps.dtype
+    entropy_dtype = dtype if tokens.entropy is None else tokens.entropy.dtype
+    if dtype not in (torch.float32, torch.float64) or {weights.dtype, entropy_dtype} != {dtype}:
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return objective.surrogate_spec is not None
 
 
 def _policy_terms(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels import TokenBatch
+from fastrl_kernels.objective import SurrogateSums, TermSums
 
 from .surrogates import gamma_weight, log_ratio, mask_of, ratio_clipped, sequences_in
 
@@ -160,3 +161,45 @@ def openrlhf_metrics(
     low, high = ratio_clipped(objective, tokens, ratio)
     d = log_ratio(tokens)
     return {"clip_ratio": masked_mean((low | high).to(d.dtype).expand_as(d), scored), "ppo_kl": masked_mean(-d, scored)}
+
+
+# From the sums of the CPU's kernel ------------------------------------------------------------------------------------
+
+# verl's two fractions; None: 0.
+_FRACTIONS: Mapping[str, tuple[str | None, str | None]] = {
+    **dict.fromkeys(("grpo", "dr_grpo", "dapo", "ppo", "dppo_tv", "dppo_kl"), ("clipped", "capped")),
+    "gspo": ("clipped", None),
+    "sapo": (None, None),
+    "cispo": ("outside", None),
+}
+
+
+def metrics_from_sums(objective: PolicyObjective, sums: Tensor, dtype: torch.dtype, entropy: bool) -> dict[str, Tensor]:
+    """What `PolicyObjective.metrics` computes, in its dtypes, for a loss type without a clip per sequence.
+
+    sums: (B, 13), the columns of `TermSums`, then of `SurrogateSums`.
+    """
+    total = sums.sum(0)
+    means = dict(zip(_COLUMNS, (total / total[4].clamp(min=1)).to(dtype).unbind(), strict=True))
+    means["clipped"] = means["low"] + means["high"]
+    shares = (total[6:9] / total[5].clamp(min=1)).to(torch.get_default_dtype()).unbind()  # live, low, high
+    out = {"live_fraction": shares[0]}
+    if entropy:
+        out["entropy"] = means["entropy"]
+    if objective.preset == "openrlhf":
+        return out | {"clip_ratio": means["clipped"], "ppo_kl": -means["drift"]}
+    if objective.preset != "verl":
+        return out | ({"cispo_clip_ratio": shares[2]} if objective.loss_type == "cispo" else {})
+    if objective.loss_type == "gpg":
+        return out
+    out["actor/ppo_kl"] = -means["drift" if objective.sequence_ratio else "log_ratio"]
+    if objective.loss_type in _FRACTIONS:
+        names = ("actor/pg_clipfrac", "actor/pg_clipfrac_lower")
+        nothing = torch.zeros_like(means["low"])
+        out |= {
+            k: nothing if x is None else means[x] for k, x in zip(names, _FRACTIONS[objective.loss_type], strict=True)
+        }
+    return out
+
+
+_COLUMNS = (*TermSums._fields, *SurrogateSums._fields)

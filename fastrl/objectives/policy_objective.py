@@ -10,13 +10,30 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels import TokenBatch, register_objective
-from fastrl_kernels.objective import PolicySpec
+from fastrl_kernels.objective import PolicySpec, SurrogateSpec
 
 from .aggregation import AGGREGATIONS, aggregation_weights
 from .kl import KL_ESTIMATORS, kl_estimate
 from .policy_metrics import masked_mean, openrlhf_metrics, trl_metrics, verl_metrics
 from .sequences import Sequences
-from .surrogates import LOSSES, OWN_OPTIONS, PRESETS, Conventions, Surrogate, clipped, log_ratio, sequence_log_ratio
+from .surrogates import (
+    LOSSES,
+    OWN_OPTIONS,
+    PRESETS,
+    Conventions,
+    Function,
+    Surrogate,
+    clipped,
+    divergence_mask_kl,
+    divergence_mask_tv,
+    dual_clipped,
+    log_likelihood,
+    log_ratio,
+    quadratic,
+    sequence_log_ratio,
+    soft_gate,
+    truncated_ratio,
+)  # fmt: skip
 
 LOSS_TYPES = tuple(LOSSES)
 _METRICS = {None: trl_metrics, "trl": trl_metrics, "verl": verl_metrics, "openrlhf": openrlhf_metrics}
@@ -283,6 +300,28 @@ class PolicyObjective:
             sequence=self.sequence_ratio,
         )
 
+    @property
+    def surrogate_spec(self) -> SurrogateSpec | None:
+        """The same for the CPU's kernel of the other policy terms; None where it must not stand in either."""
+        entry, overridden = self.surrogate, any(getattr(type(self), k) is not f for k, f in _DEFINITION.items())
+        kind = _KERNEL_SURROGATES.get(entry.loss)
+        if kind is None or overridden or self._level not in ("token", "sequence-token"):
+            return None
+        if self.sampled_kl or self.nll_coef != 0 or self.delta is not None:
+            return None
+        steps = kind in ("variation", "divergence")
+        low, high = (self.epsilon, self._epsilon_high) if steps else self.ratio_bounds
+        return SurrogateSpec(
+            kind,
+            low,
+            high,
+            cap=self.ratio_cap if steps or entry.loss is dual_clipped else math.inf,
+            log_bounds=entry.log_ratio_bounds or (-math.inf, math.inf),
+            row_mean=self._level == "sequence-token",
+            temperatures=(self.sapo_temperature_pos, self.sapo_temperature_neg),
+            coef=self.dro_beta,
+        )
+
     # The definition --------------------------------------------------------------------------------------------------
 
     def token_loss(self, tokens: TokenBatch) -> Tensor:
@@ -356,6 +395,16 @@ class PolicyObjective:
 
 _LEVEL = "importance_sampling_level"
 _KERNEL_ESTIMATORS = ("k1", "k2", "k3")
+_KERNEL_SURROGATES: dict[Function, str] = {
+    clipped: "clipped",
+    dual_clipped: "clipped",
+    truncated_ratio: "truncated",
+    log_likelihood: "likelihood",
+    soft_gate: "soft",
+    quadratic: "quadratic",
+    divergence_mask_tv: "variation",
+    divergence_mask_kl: "divergence",
+}
 
 # The definition that the fused kernel stands in for, as it is here: a subclass or a patch that differs is not bypassed.
 _DEFINITION = {

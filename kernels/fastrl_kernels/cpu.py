@@ -16,7 +16,15 @@ from torch import Tensor
 from . import _C  # type: ignore[attr-defined]
 from .head import LogitTransform
 from .native import NativeKernels, matrix, pointer, vector
-from .objective import PolicySpec, PolicyTerms, TermSums, TokenBatch
+from .objective import (
+    SURROGATES,
+    PolicySpec,
+    PolicyTerms,
+    SurrogateSpec,
+    SurrogateSums,
+    TermSums,
+    TokenBatch,
+)
 
 _ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 _DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
@@ -101,6 +109,36 @@ def policy_terms(
         spec.kl_times_ratio, spec.sequence, *(pointer(x) for x in made), torch.get_num_threads(),
     )  # fmt: skip
     return made
+
+
+def surrogate_terms(
+    spec: SurrogateSpec,
+    tokens: TokenBatch,
+    token_weight: Tensor,
+    mask: Tensor,
+    live: Tensor,
+    *,
+    gradients: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Sums of each row, (B, 13): the columns of `TermSums`, then of `SurrogateSums`; and the gradient in logps."""
+    shape, dtype, device = tokens.logps.shape, tokens.logps.dtype, tokens.logps.device
+    rows, cols = shape
+    vectors = ("logps", "entropy", "advantages", "old_logps", "gate")
+    given = {k: matrix(k, getattr(tokens, k), shape, dtype, device, k in ("advantages", "gate")) for k in vectors}
+    weight = matrix("token_weight", token_weight, shape, dtype, device)
+    names = ("mask of the tokens", "mask", "live")
+    masks = [matrix(k, x, shape, torch.bool, device) for k, x in zip(names, (tokens.mask, mask, live), strict=True)]
+    spread = {k: x is not None and x.shape[1] == 1 for k, x in given.items()}
+    sums = torch.empty(rows, len(TermSums._fields) + len(SurrogateSums._fields), dtype=torch.float64)
+    grad = torch.empty(shape, dtype=dtype) if gradients else None
+    _C.surrogate_terms(
+        dtype == torch.float64, rows, cols, pointer(given["logps"]), pointer(given["entropy"]),
+        pointer(given["advantages"]), spread["advantages"], pointer(given["old_logps"]), pointer(given["gate"]),
+        spread["gate"], *(pointer(x) for x in masks), pointer(weight), SURROGATES.index(spec.surrogate), spec.row_mean,
+        spec.low, spec.high, spec.cap, *spec.log_bounds, *spec.temperatures, spec.coef, pointer(grad), pointer(sums),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return sums, grad
 
 
 def divergence_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -60,6 +61,24 @@ class PolicySpec:
     sequence: bool  # one ratio per row, from the row's mean log-ratio, instead of one per token
 
 
+# Policy terms of the CPU's second kernel, in its order; see `fastrl.objectives.surrogates` for the formulas.
+SURROGATES = ("clipped", "truncated", "likelihood", "soft", "quadratic", "variation", "divergence")
+
+
+@dataclass(frozen=True)
+class SurrogateSpec:
+    """The numbers of a policy term that needs no other token: all that `cpu.surrogate_terms` is told of it."""
+
+    surrogate: str  # one of SURROGATES
+    low: float  # the ratio is clipped to [low, high]; "variation", "divergence": largest step down and up
+    high: float
+    cap: float = math.inf  # of the ratio where the advantage is negative ("clipped"), or anywhere (those two)
+    log_bounds: tuple[float, float] = (-math.inf, math.inf)  # of the log-ratio, without a gradient beyond them
+    row_mean: bool = False  # the log-ratio is its row's mean, with the gradient of the token's own
+    temperatures: tuple[float, float] = (1.0, 1.0)  # "soft": where the advantage is positive, and where not
+    coef: float = 0.0  # "quadratic"
+
+
 class TermSums(NamedTuple):
     """Sums over each row of a batch, (B,) in fp64, from which the loss and all metrics follow."""
 
@@ -72,6 +91,15 @@ class TermSums(NamedTuple):
     live: Tensor
     low: Tensor  # scored tokens clipped from below; for one ratio and advantage per row: 1 if it is clipped
     high: Tensor
+
+
+class SurrogateSums(NamedTuple):
+    """What `cpu.surrogate_terms` adds to the columns of `TermSums` (bonus and kl are 0 there)."""
+
+    outside: Tensor  # scored tokens whose ratio is outside the bounds, whatever their advantage
+    capped: Tensor
+    log_ratio: Tensor  # sum over the scored tokens, within log_bounds
+    drift: Tensor  # the same without bounds
 
 
 class PolicyTerms(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from . import backends, engine, planner
 from .engine import Gradients, Head, Needs, Rows
 from .head import LogitTransform, RowStats, accumulation_dtype
-from .objective import TermSums, TokenBatch, coefficients, find_objective, weighted_terms
+from .objective import TermSums, TokenBatch, TokenObjective, coefficients, find_objective, weighted_terms
 from .shards import shard_layout
 
 
@@ -698,9 +699,50 @@ policy_terms.register_autograd(_policy_terms_backward, setup_context=_policy_ter
 class PolicyTermsFunction(torch.autograd.Function):
     """`policy_terms` where nothing is traced: the operator's own autograd wrapper takes longer than a small batch."""
 
-    forward = staticmethod(_run_policy_terms)
-    setup_context = staticmethod(_policy_terms_setup)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _run_policy_terms(*inputs)
+        _policy_terms_setup(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_policy_terms_backward)
+
+
+class SurrogateTermsFunction(torch.autograd.Function):
+    """Loss of an objective with a `surrogate_spec` on the CPU, and (B, 13) sums; where nothing is traced."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logps: Tensor,  # (B, T)
+        tokens: TokenBatch,  # constants, and logps again
+        weight: Tensor,  # (B, T)
+        mask: Tensor,  # (B, T) bool
+        live: Tensor,  # (B, T) bool
+        objective: TokenObjective,
+        gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
+        spec = objective.surrogate_spec  # type: ignore[attr-defined]
+        kernel = backends.load("cpu").surrogate_terms  # type: ignore[attr-defined]
+        sums, grad = kernel(spec, replace(tokens, logps=logps), weight, mask, live, gradients=gradients)
+        ctx.mark_non_differentiable(sums)
+        ctx.save_for_backward(logps, weight, grad)
+        ctx.tokens, ctx.objective = replace(tokens, logps=logps.new_empty(0)), objective
+        return sums[:, 0].sum().to(logps.dtype), sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        logps, weight, grad = ctx.saved_tensors
+        nothing = [None] * 6
+        if not torch.is_grad_enabled():
+            return grad_loss * grad, *nothing
+        # create_graph: this gradient will be differentiated, so it comes from the definition.
+        vectors = {k: x for k, x in vars(ctx.tokens).items() if isinstance(x, Tensor) and x.shape == logps.shape}
+        inside = {k: x if x.dtype == torch.bool else torch.where(ctx.tokens.mask, x, 0.0) for k, x in vectors.items()}
+        tokens = replace(ctx.tokens, **{**inside, "logps": torch.where(ctx.tokens.mask, logps, 0.0)})
+        loss = weighted_terms(ctx.objective, tokens, weight, None).sum()
+        (grad,) = torch.autograd.grad(loss, logps, grad_loss, create_graph=True, allow_unused=True)
+        return grad, *nothing
 
 
 # Advantages ---------------------------------------------------------------------------------------------------------
