@@ -1,5 +1,5 @@
-// The policy terms of fastrl/objectives/surrogates.py that need no other token (or only the mean of their row's log-ratios), their
-// gradients and the sums behind their metrics, in one pass. Ties, infinities and NaN come out as autograd leaves them.
+// The policy terms of fastrl/objectives/surrogates.py that need no other token (or only the mean of their row's log-ratios),
+// their gradients and the sums behind their metrics, in one pass. Ties, infinities and NaN come out as autograd leaves them.
 // Compiled once per instruction set, as cpu/rows.cpp is, and with inlined code only for the same reason.
 #include "surrogate_terms.h"
 
