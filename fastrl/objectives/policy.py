@@ -234,6 +234,17 @@ def _with_exact_kl(objective: PolicyObjective, out: LossOutput, term: Tensor, kl
 # The fused kernel on [B, T] vectors ----------------------------------------------------------------------------------
 
 
+def _fit_a_kernel(tokens: TokenBatch, *vectors: Tensor | None) -> bool:
+    """Whether a kernel takes such tokens: padded, one of its dtypes throughout, and no functional transform."""
+    dtype = tokens.logps.dtype
+    if tokens.logps.ndim != 2 or dtype not in (torch.float32, torch.float64):
+        return False
+    if any(x is not None and x.dtype != dtype for x in (tokens.entropy, *vectors)):
+        return False
+    # torch.func and forward-mode autograd have no rule for the operators.
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+
 def _kernel_serves(
     objective: PolicyObjective,
     tokens: TokenBatch,
@@ -241,28 +252,21 @@ def _kernel_serves(
     bonus_weights: Tensor | None,
     backend: str,
 ) -> bool:
-    """Whether the backend's `policy_terms` may stand in for the definition: its dtypes, and no functional transform."""
-    if backend == "reference" or objective.kernel_spec is None or tokens.logps.ndim != 2:
-        return False
-    dtype = tokens.logps.dtype
-    vectors = (tokens.entropy, weights, bonus_weights)
-    if dtype not in (torch.float32, torch.float64) or any(x is not None and x.dtype != dtype for x in vectors):
-        return False
-    # torch.func and forward-mode autograd have no rule for the operator.
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    """Whether the backend's `policy_terms` may stand in for the definition."""
+    return (
+        backend != "reference" and objective.kernel_spec is not None and _fit_a_kernel(tokens, weights, bonus_weights)
+    )
 
 
 def _surrogate_serves(objective: PolicyObjective, tokens: TokenBatch, weights: Tensor, backend: str) -> bool:
-    """Whether the CPU's kernel of the other policy terms may stand in for the definition."""
-    if backend != "cpu" or tokens.logps.ndim != 2 or tokens.selected is not None or torch.compiler.is_compiling():
-        return False
-    dtype = tokens.logps.dtype
-    entropy_dtype = dtype if tokens.entropy is None else tokens.entropy.dtype
-    if dtype not in (torch.float32, torch.float64) or {weights.dtype, entropy_dtype} != {dtype}:
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    return objective.surrogate_spec is not None
+    """Whether the CPU's kernel of the other policy terms may."""
+    return (
+        backend == "cpu"
+        and objective.surrogate_spec is not None
+        and tokens.selected is None
+        and not torch.compiler.is_compiling()
+        and _fit_a_kernel(tokens, weights)
+    )
 
 
 def _policy_terms(
