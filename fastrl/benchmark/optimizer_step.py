@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from fastrl.benchmark.memory import MemoryMeter
-from fastrl.trainers.rollouts import Rollouts, from_named_tensors, named_tensors, pad
+from fastrl.trainers.rollouts import Rollouts, from_named_tensors, named_tensors
+from fastrl.trainers.token_batch import pad
 
 PROMPTS = (
     "A farmer has 12 cows and buys 7 more. How many cows does he have now?",

@@ -99,7 +99,7 @@ def run_side(
         laps.append(meter.lap())
         start = time.perf_counter()
         compute = _eager_loss if side == "eager" else _fused_loss
-        loss = compute(x, head, part.rollouts, objective, temperature, normalizer, entropy_normalizer)
+        loss = compute(x, head, part.batch, objective, temperature, normalizer, entropy_normalizer)
         loss.backward()
         total += loss.item()  # waits for the device
         loss_seconds += time.perf_counter() - start

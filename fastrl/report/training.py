@@ -18,7 +18,8 @@ from fastrl.report.answers import Answers, answers_table, generate, greedy_answe
 from fastrl.report.curves import metric_series, plot_curves
 from fastrl.report.step_comparison import StepComparison, compare_step
 from fastrl.trainers.grpo_config import GRPOConfig
-from fastrl.trainers.rollouts import Rollouts, pad
+from fastrl.trainers.rollouts import Rollouts
+from fastrl.trainers.token_batch import pad
 
 PARTS = ("curves", "answers", "step_comparison")
 

@@ -161,7 +161,7 @@ class GRPOTrainer(PromptTrainer):
         self._micro_step = 0  # micro-batches taken so far
         self._buffer: list[Rollouts] = []  # the current rollout, in steps_per_generation parts
         self._window: deque[MicroBatch] = deque()  # what is left of the current optimizer step
-        self._passes_run: list[tuple[Pass, dict[str, Tensor]]] = []  # of the current micro-batch, with their metrics
+        self._passes_run: list[tuple[Pass[Rollouts], dict[str, Tensor]]] = []  # of the micro-batch, with metrics
         self._eval_prefix: str | None = None
         # Processes that share a prompt must not sample the same completions.
         set_seed(args.seed, device_specific=True)

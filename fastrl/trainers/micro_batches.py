@@ -28,9 +28,9 @@ class MicroBatch:
         unless nothing is live at all. keep_one: leave a sequence also then, for the collectives of its backward.
         """
         rollouts = self.rollouts
-        live = objective.live_tokens(advantages=rollouts.advantages, mask=rollouts.completion_mask).any(-1)
+        live = objective.live_tokens(advantages=rollouts.advantages, mask=rollouts.mask).any(-1)
         if objective.top_entropy_quantile < 1 and bool(live.any()):
-            live = rollouts.completion_mask.any(-1)
+            live = rollouts.mask.any(-1)
         if keep_one and not bool(live.any()):
             live[0] = True
         return self if bool(live.all()) else dataclasses.replace(self, rollouts=rollouts.select(live))
@@ -52,7 +52,7 @@ def normalized(
         total: sums counts over processes.
         num_processes: the gradient is averaged over them, so that each one's share must count that much more.
     """
-    tokens_of = [int(part.completion_mask.sum()) for part in parts]
+    tokens_of = [int(part.mask.sum()) for part in parts]
     counts = total(torch.tensor([sum(map(len, parts)), sum(tokens_of)]))
     sequences, tokens = (float(count) / num_processes for count in counts)
     bonus = objective.entropy_coef != 0 and objective.top_entropy_quantile == 1
@@ -89,9 +89,9 @@ def live_fractions(
     parts: Sequence[Rollouts], objective: PolicyObjective, total: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
     """The shares of tokens and of sequences that can carry a gradient, over all processes."""
-    live = [objective.live_tokens(advantages=part.advantages, mask=part.completion_mask) for part in parts]
+    live = [objective.live_tokens(advantages=part.advantages, mask=part.mask) for part in parts]
     counts = [
-        [int(mask.sum()), int(part.completion_mask.sum()), int(mask.any(-1).sum()), len(part)]
+        [int(mask.sum()), int(part.mask.sum()), int(mask.any(-1).sum()), len(part)]
         for mask, part in zip(live, parts, strict=True)
     ]
     tokens, of_tokens, rows, of_rows = total(torch.tensor(counts).sum(0)).tolist()

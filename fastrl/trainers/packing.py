@@ -1,4 +1,4 @@
-"""How a batch of rollouts is laid out for the model: which tokens go through it in one forward, and where.
+"""How a batch of sequences is laid out for the model: which tokens go through it in one forward, and where.
 
 A group's prompt is encoded once and not once for each completion: a row is the prompt, then the completions one after
 the other. A 4D attention mask lets each completion see the prompt and its own past, and position ids begin anew after
@@ -15,13 +15,15 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastrl.integrations.transformers_models import innermost_causal_lm
-from fastrl.trainers.rollouts import Rollouts
+from fastrl.trainers.token_batch import TokenBatch
+
+Batch = TypeVar("Batch", bound=TokenBatch)
 
 # Tokens of one forward and backward by default: enough for full-speed GEMMs, no more, since activations grow with it.
 TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
@@ -35,18 +37,18 @@ class PromptSharing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pass:
+class Pass(Generic[Batch]):
     """The sequences of one forward and backward, and what the model is given for them."""
 
     sequences: Tensor  # (B,) their places in the batch
-    rollouts: Rollouts  # B
+    batch: Batch  # B
     inputs: dict[str, Tensor]  # of the model's forward, each (R, S), the mask also (R, 1, S, S)
     places: Tensor | None  # (B, T) where the R * S hidden states score each token; None: the last T of each row
 
     def select(self, hidden: Tensor) -> Tensor:
         """(B, T, D): the hidden states (R, S, D) that score the completions' tokens; any one where none counts."""
         if self.places is None:
-            return hidden[:, -self.rollouts.completion_ids.shape[1] :]
+            return hidden[:, -self.batch.completion_ids.shape[1] :]
         return hidden.flatten(0, 1)[self.places]
 
 
@@ -119,7 +121,7 @@ class Packer:
             tokens=tokens_per_pass or TOKENS_PER_PASS.get(causal_lm.device.type, TOKENS_PER_PASS["cuda"]),
         )
 
-    def passes(self, rollouts: Rollouts, *, together: bool = False) -> list[Pass]:
+    def passes(self, batch: Batch, *, together: bool = False) -> list[Pass[Batch]]:
         """Every sequence of the batch in one of the passes, longest first; empty for an empty batch.
 
         Args:
@@ -128,22 +130,24 @@ class Packer:
         Raises:
             ValueError: share_prompts=True and a sequence that is too long for it.
         """
-        if not len(rollouts):
+        if not len(batch):
             return []
-        prompts = rollouts.prompt_mask.sum(-1).tolist()
-        steps = torch.arange(1, rollouts.completion_ids.shape[1] + 1, device=rollouts.completion_mask.device)
-        completions = (rollouts.completion_mask * steps).amax(-1).tolist()
+        prompts = batch.prompt_mask.sum(-1).tolist()
+        steps = torch.arange(1, batch.completion_ids.shape[1] + 1, device=batch.completion_mask.device)
+        completions = (batch.mask * steps).amax(-1).tolist()
         longest = max(p + max(c - 1, 0) for p, c in zip(prompts, completions, strict=True))
         if longest <= self.sharing.longest:
-            return list(self._packed(rollouts, prompts, completions, together))
+            return list(self._packed(batch, prompts, completions, together))
         if self.required:
             raise ValueError(f"share_prompts: not exact for a sequence of {longest} tokens: {self.sharing.why}")
-        return list(self._padded(rollouts, prompts, completions, together))
+        return list(self._padded(batch, prompts, completions, together))
 
     # A row for each sequence -----------------------------------------------------------------------------------------
 
-    def _padded(self, rollouts: Rollouts, prompts: list[int], completions: list[int], together: bool) -> Iterator[Pass]:
-        order = sorted(range(len(rollouts)), key=lambda i: -(prompts[i] + completions[i]))
+    def _padded(
+        self, batch: Batch, prompts: list[int], completions: list[int], together: bool
+    ) -> Iterator[Pass[Batch]]:
+        order = sorted(range(len(batch)), key=lambda i: -(prompts[i] + completions[i]))
         while order:
             width = prompt = completion = count = 0
             for i in order:
@@ -152,16 +156,18 @@ class Packer:
                 if count and (count + 1) * width > self.tokens and not together:
                     break
                 count += 1
-            sequences = torch.tensor(sorted(order[:count]), device=rollouts.prompt_ids.device)
-            part = rollouts.select(sequences)
+            sequences = torch.tensor(sorted(order[:count]), device=batch.prompt_ids.device)
+            part = batch.select(sequences)
             yield Pass(sequences, part, _padded_inputs(part, self.takes_positions), None)
             order = order[count:]
 
     # A row for each group --------------------------------------------------------------------------------------------
 
-    def _packed(self, rollouts: Rollouts, prompts: list[int], completions: list[int], together: bool) -> Iterator[Pass]:
+    def _packed(
+        self, batch: Batch, prompts: list[int], completions: list[int], together: bool
+    ) -> Iterator[Pass[Batch]]:
         rows: list[_Row] = []
-        for group in _groups(rollouts):
+        for group in _groups(batch):
             rows += self._rows(prompts[group[0]], group, [max(completions[i] - 1, 0) for i in group])
         rows.sort(key=lambda row: -row.size)
         while rows:
@@ -177,7 +183,7 @@ class Packer:
                     lines.append([row])
                 else:
                     later.append(row)
-            yield self._packed_pass(rollouts, lines, width, completions)
+            yield self._packed_pass(batch, lines, width, completions)
             rows = later
 
     def _rows(self, prompt: int, group: list[int], sizes: list[int]) -> list[_Row]:
@@ -199,10 +205,10 @@ class Packer:
                 return [row for row in rows if row.sequences]
             count += 1
 
-    def _packed_pass(self, rollouts: Rollouts, lines: list[list[_Row]], width: int, completions: list[int]) -> Pass:
+    def _packed_pass(self, batch: Batch, lines: list[list[_Row]], width: int, completions: list[int]) -> Pass[Batch]:
         order = sorted(sequence for line in lines for row in line for sequence in row.sequences)
-        sequences = torch.tensor(order, device=rollouts.prompt_ids.device)
-        part = rollouts.select(sequences)
+        sequences = torch.tensor(order, device=batch.prompt_ids.device)
+        part = batch.select(sequences)
         slots = {sequence: slot for slot, sequence in enumerate(order)}
         first = part.prompt_ids.shape[1]  # column of the first completion token in the table of all tokens
         columns = first + part.completion_ids.shape[1]
@@ -228,7 +234,7 @@ class Packer:
                     places[slot, 0] = last
                     places[slot, 1 : size + 1] = i * width + torch.arange(at, end)
                     at = end
-        device = rollouts.prompt_ids.device
+        device = batch.prompt_ids.device
         table = torch.cat([part.prompt_ids, part.completion_ids], dim=1).flatten()
         inputs = {
             "input_ids": table[source.to(device)],
@@ -249,24 +255,24 @@ class Packer:
         return torch.where(seen, zero, torch.finfo(self.additive_mask).min)
 
 
-def _groups(rollouts: Rollouts) -> list[list[int]]:
+def _groups(batch: TokenBatch) -> list[list[int]]:
     """The sequences of each prompt, prompts in the order of their first sequence."""
     groups: dict[int, list[int]] = {}
-    for sequence, prompt in enumerate(prompt_numbers(rollouts).tolist()):
+    for sequence, prompt in enumerate(prompt_numbers(batch).tolist()):
         groups.setdefault(prompt, []).append(sequence)
     return list(groups.values())
 
 
-def prompt_numbers(rollouts: Rollouts) -> Tensor:
+def prompt_numbers(batch: TokenBatch) -> Tensor:
     """(B,) int64: equal where the prompts are equal."""
-    return torch.unique(rollouts.prompt_ids.where(rollouts.prompt_mask, -1), dim=0, return_inverse=True)[1]
+    return torch.unique(batch.prompt_ids.where(batch.prompt_mask, -1), dim=0, return_inverse=True)[1]
 
 
-def _padded_inputs(rollouts: Rollouts, with_positions: bool) -> dict[str, Tensor]:
+def _padded_inputs(batch: TokenBatch, with_positions: bool) -> dict[str, Tensor]:
     # Position ids count from the first token that is not padding, as `generate` does: learned position embeddings see
     # the same positions as at sampling, however much padding a batch happens to have.
-    ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)[:, :-1]
-    mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)[:, :-1].to(torch.int64)
+    ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)[:, :-1]
+    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)[:, :-1].to(torch.int64)
     inputs = {"input_ids": ids, "attention_mask": mask}
     if with_positions:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)

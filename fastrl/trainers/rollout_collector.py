@@ -18,8 +18,9 @@ from fastrl.trainers.metrics import MetricStore, completion_metrics, reward_metr
 from fastrl.trainers.packing import Packer
 from fastrl.trainers.prompts import Example, decode_completions, tokenize_prompts
 from fastrl.trainers.reward_runner import RewardRunner
-from fastrl.trainers.rollouts import Rollouts, pad
+from fastrl.trainers.rollouts import Rollouts
 from fastrl.trainers.scoring import completion_logps
+from fastrl.trainers.token_batch import pad
 
 logger = logging.get_logger(__name__)
 
@@ -70,11 +71,18 @@ class RolloutCollector:
         device = self.accelerator.device
         prompts, prompt_mask = pad(prompt_ids, self.pad_token_id, left=True, device=device)
         completion_ids, completion_mask = pad(sampled.ids, self.pad_token_id, left=False, device=device)
+        loss_mask = None
         if self.args.mask_truncated_completions:
-            completion_mask = completion_mask & ~self._truncated(sampled.ids)[:, None]
+            loss_mask = completion_mask & ~self._truncated(sampled.ids)[:, None]
         sampling_logps = None if sampled.logps is None else pad(sampled.logps, 0.0, left=False, device=device)[0]
         rollouts = Rollouts(
-            prompts, prompt_mask, completion_ids, completion_mask, advantages, sampling_logps=sampling_logps
+            prompts,
+            prompt_mask,
+            completion_ids,
+            completion_mask,
+            advantages,
+            sampling_logps=sampling_logps,
+            loss_mask=loss_mask,
         )
         return self._scored(rollouts, score_old)
 

@@ -28,20 +28,20 @@ def completion_logps(
     Sequences without a token that counts are not run.
     """
     logps = torch.zeros_like(rollouts.completion_ids, dtype=torch.float32)
-    rows = rollouts.completion_mask.any(-1).nonzero().squeeze(-1)
+    rows = rollouts.mask.any(-1).nonzero().squeeze(-1)
     with _eval_mode(model):
         for part in packer.passes(rollouts.select(rows)) if len(rows) else ():
 
-            def score(hidden: Tensor, head: LMHead, part: Pass = part) -> Tensor:
+            def score(hidden: Tensor, head: LMHead, part: Pass[Rollouts] = part) -> Tensor:
                 return linear_logprobs(
                     part.select(hidden),
                     head.weight,
-                    part.rollouts.completion_ids,
+                    part.batch.completion_ids,
                     bias=head.bias,
                     temperature=temperature,
                     logit_scale=head.logit_scale,
                     softcap=head.softcap,
-                    mask=part.rollouts.completion_mask,
+                    mask=part.batch.mask,
                     backend=backend,
                 ).logps
 
@@ -53,7 +53,7 @@ def completion_logps(
 class PolicyPass(NamedTuple):
     """A pass of a micro-batch, with what its loss is divided by."""
 
-    layout: Pass
+    layout: Pass[Rollouts]
     normalizer: float
     entropy_normalizer: float | None
 
@@ -80,7 +80,7 @@ def policy_loss(
 ) -> LossOutput:
     """The policy loss of a pass, computed inside the model's forward: the sum over its tokens of the eager loss,
     divided by the normalizer."""
-    rollouts = part.layout.rollouts
+    rollouts = part.layout.batch
 
     def loss(hidden: Tensor, head: LMHead) -> LossOutput:
         return linear_policy_loss(
@@ -89,7 +89,7 @@ def policy_loss(
             rollouts.completion_ids,
             objective,
             advantages=rollouts.advantages,
-            mask=rollouts.completion_mask,
+            mask=rollouts.mask,
             old_logps=rollouts.old_logps,
             ref_logps=rollouts.ref_logps,
             sampling_logps=rollouts.sampling_logps,
@@ -109,7 +109,7 @@ def policy_loss(
 
 
 def merged_metrics(
-    parts: Sequence[tuple[Pass, dict[str, Tensor]]], batch: MicroBatch, objective: PolicyObjective
+    parts: Sequence[tuple[Pass[Rollouts], dict[str, Tensor]]], batch: MicroBatch, objective: PolicyObjective
 ) -> dict[str, Tensor]:
     """The metrics of a micro-batch from those of its passes.
 
@@ -117,8 +117,8 @@ def merged_metrics(
     clipped. The other means are over the sequences that ran.
     """
     by_sequence = objective.importance_sampling_level == "sequence"  # then shares of sequences, not of tokens
-    sequences = [len(part.rollouts) for part, _ in parts]
-    tokens = [int(part.rollouts.completion_mask.sum()) for part, _ in parts]
+    sequences = [len(part.batch) for part, _ in parts]
+    tokens = [int(part.batch.mask.sum()) for part, _ in parts]
     merged = {}
     for name in parts[0][1]:
         values = torch.stack([metrics[name] for _, metrics in parts])

@@ -252,7 +252,7 @@ def test_truncated_completions_are_masked(make_trainer: Make) -> None:
     trainer = make_trainer(mask_truncated_completions=True, trainer_arguments={"rollout_engine": ScriptedEngine()})
     made = record_rollouts(trainer)
     trainer.train()
-    for ids, mask in zip(made[0].completion_ids, made[0].completion_mask, strict=True):
+    for ids, mask in zip(made[0].completion_ids, made[0].mask, strict=True):
         assert bool(mask.any()) is bool((ids == 2).any())
 
 

@@ -10,7 +10,8 @@ from tiny_runs import make_tokenizer, tiny_model
 
 from fastrl.benchmark import optimizer_step
 from fastrl.benchmark.optimizer_step import CONTENDERS, EAGER, GROUP, optimizer_step_rows, with_live_share
-from fastrl.trainers.rollouts import Rollouts, pad
+from fastrl.trainers.rollouts import Rollouts
+from fastrl.trainers.token_batch import pad
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,9 @@ from torch import nn
 from fastrl.integrations import patch_model
 from fastrl.trainers import GRPOTrainer
 from fastrl.trainers.packing import Packer, PromptSharing, prompt_numbers, prompt_sharing
-from fastrl.trainers.rollouts import Rollouts, pad
+from fastrl.trainers.rollouts import Rollouts
 from fastrl.trainers.scoring import completion_logps
+from fastrl.trainers.token_batch import TokenBatch, pad
 
 MORE = {
     "gemma2_short_window": ("Gemma2ForCausalLM", dict(head_dim=8, sliding_window=4, **TINY)),
@@ -114,7 +115,7 @@ def run(model: nn.Module, rollouts: Rollouts, packer: Packer) -> tuple[torch.Ten
         for part in packer.passes(rollouts):
             hidden = part.select(model(**part.inputs, fastrl_head=lambda hidden, head: hidden)).float()
             width = hidden.shape[1]
-            mask = part.rollouts.completion_mask[..., None]
+            mask = part.batch.completion_mask[..., None]
             found[part.sequences, :width] = torch.where(mask, hidden, 0.0).detach()
             (hidden * grad[part.sequences, :width]).sum().backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -195,7 +196,7 @@ def test_the_comparison_notices_a_completion_that_sees_another() -> None:
     wrong = {**part.inputs, "attention_mask": torch.ones(size, size, dtype=torch.bool).tril()[None, None]}
     with patch_model(model):
         hidden = part.select(model(**wrong, fastrl_head=lambda hidden, head: hidden))
-    leaked = torch.where(part.rollouts.completion_mask[..., None], hidden, 0.0)
+    leaked = torch.where(part.batch.completion_mask[..., None], hidden, 0.0)
     assert float((leaked - want[part.sequences]).abs().max()) > 0.1
 
 
@@ -243,9 +244,9 @@ def test_passes_hold_every_sequence_once_within_their_tokens(tokens: float, shar
     assert sorted(torch.cat([part.sequences for part in parts]).tolist()) == list(range(len(rollouts)))
     for part in parts:
         size = part.inputs["input_ids"].numel()
-        longer = int((part.rollouts.completion_mask.sum(1) > 1).sum())  # those with inputs besides their prompt
+        longer = int((part.batch.completion_mask.sum(1) > 1).sum())  # those with inputs besides their prompt
         assert size <= tokens or longer <= 1, (size, part.sequences)
-        for name, tensor in part.rollouts.tensors().items():
+        for name, tensor in part.batch.tensors().items():
             if tensor.ndim == 1:
                 assert torch.equal(tensor, getattr(rollouts, name)[part.sequences])
     if tokens == math.inf:
@@ -403,3 +404,19 @@ def test_micro_batches_hold_whole_groups_where_the_optimizer_step_allows(make_tr
 def test_tokens_per_pass_must_be_positive(make_trainer: Make) -> None:
     with pytest.raises(ValueError, match="tokens_per_pass: expected None or at least 1, got 0"):
         make_trainer(tokens_per_pass=0)
+
+
+def test_tokens_that_do_not_count_are_seen_but_not_scored() -> None:
+    """A loss mask with holes: the model still sees the whole completion, up to the last token that counts."""
+    model = make("phi3")
+    ids = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    prompts, completions = ids[:, :4], ids[:, 4:]
+    everything = torch.ones_like(completions, dtype=torch.bool)
+    counted = torch.tensor([[True, False, False, True, False], [False, True, False, False, False]])
+    batch = TokenBatch(prompts, torch.ones_like(prompts, dtype=torch.bool), completions, everything, loss_mask=counted)
+    whole = model.model(input_ids=ids).last_hidden_state[:, 3:-1]
+    for share in (None, False):
+        (part,) = Packer.for_model(model, share).passes(batch)
+        assert part.batch.completion_ids.shape == (2, 4)  # nothing after the last token that counts
+        hidden = part.select(model.model(**part.inputs).last_hidden_state)
+        torch.testing.assert_close(hidden[part.batch.mask], whole[:, :4][counted[:, :4]], rtol=1e-4, atol=1e-5)

@@ -7,8 +7,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastrl.integrations import patch_model
 from fastrl.trainers.packing import Packer
-from fastrl.trainers.rollouts import Rollouts, pad
+from fastrl.trainers.rollouts import Rollouts
 from fastrl.trainers.scoring import completion_logps
+from fastrl.trainers.token_batch import pad
 
 CPU = torch.device("cpu")
 PROMPTS = [[6, 7, 8, 9, 10], [11], [12, 13], [14, 15, 16]]
