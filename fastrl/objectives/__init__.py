@@ -37,6 +37,8 @@ from .reward_shaping import (
     group_length_reward,
     length_penalty,
     overlong_penalty,
+    pf_ppo_resample,
+    pf_ppo_weights,
     rewards_tensor,
     stop_properly_penalty,
     token_rewards,
@@ -44,7 +46,14 @@ from .reward_shaping import (
 from .rollout_correction import CorrectedRollouts, Rejection, RolloutCorrection, rollout_correction
 from .sequences import Sequences
 from .supervised import linear_sft_loss, sft_loss
-from .token_advantages import discounted_returns, gae, optimal_token_baseline, remax_advantages, whiten
+from .token_advantages import (
+    discounted_returns,
+    gae,
+    linear_sum_pi_squared,
+    optimal_token_baseline,
+    remax_advantages,
+    whiten,
+)
 from .token_selection import covariance_tokens, entropy_threshold
 from .value import ValueOutput, explained_variance, linear_value_loss, value_loss
 
@@ -97,12 +106,15 @@ __all__ = [
     "linear_process_reward_loss",
     "linear_reward_model_loss",
     "linear_sft_loss",
+    "linear_sum_pi_squared",
     "linear_topk_distillation_loss",
     "linear_value_loss",
     "opo_advantages",
     "optimal_token_baseline",
     "outcome_reward_loss",
     "overlong_penalty",
+    "pf_ppo_resample",
+    "pf_ppo_weights",
     "policy_loss",
     "ppo_loss",
     "preference_loss",

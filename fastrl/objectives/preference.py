@@ -80,9 +80,9 @@ def preference_loss(
     Returns:
         PreferenceOutput in fp32 (fp64 for fp64 logps). Metrics, means over pairs: rewards/chosen, rewards/rejected,
         rewards/accuracies (share of chosen above rejected), rewards/margins, logps/chosen, logps/rejected; nll_loss
-        (where it is part of the loss), entropy (where given, token mean); PreferenceObjective with a reference:
-        rewards/displaced, the share of pairs of positive margin whose chosen answer is less likely than under the
-        reference; ORPO: log_odds_ratio, log_odds_chosen.
+        (where it is part of the loss), entropy (where given, token mean of the pairs); PreferenceObjective with a
+        reference: rewards/displaced, the share of pairs of positive margin whose chosen answer is less likely than
+        under the reference; ORPO: log_odds_ratio, log_odds_chosen.
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device, an input missing or of no use to the objective.

@@ -1,4 +1,5 @@
-"""Rewards before they become advantages: missing ones, penalties on the length, KL taken off token by token."""
+"""Rewards before they become advantages: missing ones, penalties on the length, KL taken off token by token, samples
+drawn anew by them."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from fastrl_kernels.head import accumulation_dtype
 from .groups import Groups
 from .masking import inside
 from .sequences import sequences_of
+
+PF_PPO_METHODS = ("pow", "max_min", "max_random")
 
 
 def rewards_tensor(
@@ -184,3 +187,70 @@ def group_length_reward(lengths: Tensor, correct: Tensor, group_ids: Tensor) -> 
     shortest, longest = -groups.max(-length), groups.max(length)
     reward = torch.where(longest > shortest, 0.5 - (length - shortest) / (longest - shortest), 0.0)
     return torch.where(correct != 0, reward, reward.clamp(max=0)).to(torch.get_default_dtype())
+
+
+@torch.no_grad()
+def pf_ppo_weights(scores: Tensor, *, method: str = "pow", weight_pow: float = 2.0) -> Tensor:
+    """PF-PPO's weights for drawing a batch's completions anew, by their rewards; not normalised, no gradient.
+
+    Policy filtration (Zhang et al. 2024, arXiv:2409.06957) trains on the samples whose rewards are reliable. verl 0.9's
+    `compute_pf_ppo_reweight_data`, in which r are the scores, by method:
+
+        pow         |r|^weight_pow + 1e-8
+        max_min     1 + 1e-8 at the highest and the lowest r, 1e-8 elsewhere
+        max_random  0.4 + 1e-8 at the highest r, 0.1 + 1e-8 elsewhere
+
+    The highest is that of the scores given: pass one prompt's to filter among its completions.
+
+    Use it where a learned reward model is least sure of middling answers; not for rewards that are verified.
+
+    Args:
+        scores: `(B,)`, the total reward of each completion. A NaN or infinite one gets weight 0 (verl's draw fails).
+        method: one of the above.
+        weight_pow: exponent of pow, at least 0.
+
+    Returns:
+        `(B,)` in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError, TypeError: an unknown method, a negative weight_pow, scores of the wrong shape or dtype, or without
+            a finite one.
+    """
+    if method not in PF_PPO_METHODS:
+        raise ValueError(f"method: expected one of {', '.join(PF_PPO_METHODS)}, got {method!r}")
+    if not weight_pow >= 0:
+        raise ValueError(f"weight_pow: expected a number of at least 0, got {weight_pow}")
+    validation.check_floating("scores", scores)
+    if scores.ndim != 1:
+        raise ValueError(f"scores: expected shape (B,), one per completion, got {tuple(scores.shape)}")
+    finite = scores.isfinite()
+    if not bool(finite.any()):
+        raise ValueError(f"scores: expected one that is finite at least, got {scores.tolist()[:8]}")
+    scores = scores.to(accumulation_dtype(scores.dtype))
+    highest = scores == torch.where(finite, scores, -torch.inf).max()
+    if method == "pow":
+        weights = scores.abs() ** weight_pow
+    elif method == "max_min":
+        weights = (highest | (scores == torch.where(finite, scores, torch.inf).min())).to(scores.dtype)
+    else:
+        weights = torch.where(highest, 0.4, 0.1).to(scores.dtype)
+    return torch.where(finite, weights + 1e-8, 0.0)
+
+
+def pf_ppo_resample(
+    scores: Tensor,  # (B,)
+    *,
+    method: str = "pow",
+    weight_pow: float = 2.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`(B,)` indices of the completions to train on, drawn with replacement by `pf_ppo_weights`, which see.
+
+    Every tensor of the batch is indexed with them; verl 0.9 does so with `use_pf_ppo`, after its GAE advantages, which
+    see the whole batch.
+
+    Args:
+        generator: of the draw, on the device of scores; None: torch's own.
+    """
+    weights = pf_ppo_weights(scores, method=method, weight_pow=weight_pow)
+    return torch.multinomial(weights, weights.shape[0], replacement=True, generator=generator)

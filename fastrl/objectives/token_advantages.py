@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import fastrl_kernels
@@ -155,6 +156,57 @@ def remax_advantages(
 
 
 @torch.no_grad()
+def linear_sum_pi_squared(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,  # (...)
+    lse: Tensor | None = None,  # (...)
+    tp_group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """Sum over the vocabulary of the squared probabilities, from hidden states and the LM head; no gradient.
+
+        sum_v p_v^2 = exp(lse(2 z) - 2 lse(z))
+
+    so that two scorings, at temperature and at half of it, give it without the logits: 4NDV FLOPs, 2NDV where lse is
+    given. What `optimal_token_baseline` needs; verl 0.9's `calculate_sum_pi_squared_from_logits`.
+    Eager equivalent: `z.softmax(-1).square().sum(-1)`, z being the logits of `linear_logprobs`.
+
+    Args:
+        hidden, weight, bias, temperature, logit_scale, softcap, mask, tp_group, backend, memory_budget: as
+            `linear_logprobs` takes them.
+        lse: `(...)`, that of `linear_logprobs` on the same arguments, from the scoring that gave the logps.
+
+    Returns:
+        `(...)` in [1 / V, 1] up to rounding, fp32 (fp64 for fp64 inputs), exactly 0 outside the mask.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `linear_logprobs`; lse of another shape.
+    """
+    shape = tuple(hidden.shape[:-1])
+    mask = validation.check_mask(mask, shape, hidden.device)
+    ids = torch.zeros(shape, dtype=torch.int64, device=hidden.device)  # any token will do
+
+    def scored(temperature: float) -> Tensor:
+        return fastrl_kernels.linear_logprobs(
+            hidden, weight, ids, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+            mask=mask, tp_group=tp_group, backend=backend, memory_budget=memory_budget,
+        ).lse  # fmt: skip
+
+    if lse is None:
+        lse = scored(temperature)
+    validation.check_shape("lse", lse, shape, "one per token")
+    result = (scored(temperature / 2) - 2 * lse).exp()
+    return result if mask is None else inside(result, mask)
+
+
+@torch.no_grad()
 def optimal_token_baseline(
     rewards: Tensor,  # (B, T) or (N,)
     mask: Tensor,  # (B, T) or (N,)
@@ -181,7 +233,7 @@ def optimal_token_baseline(
     Args:
         rewards: `(B, T)`, or `(N,)` with cu_seqlens, per token; mask: of the same shape, nonzero where it counts.
         logps: of the tokens under the policy that drew them; -inf is a token of probability 0.
-        sum_pi_squared: sum over the vocabulary of the squared probabilities, at each token.
+        sum_pi_squared: sum over the vocabulary of the squared probabilities, at each token (`linear_sum_pi_squared`).
         group_ids: `(B,)` integers; completions of equal id answer one prompt.
         importance_weights: trainer to sampler, per token; W's terms are multiplied by their squares.
         skip_holes: t counts the tokens of the mask; else it is the column, and turns after a tool's answer of another

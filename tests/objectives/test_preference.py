@@ -345,29 +345,6 @@ def test_the_positive_penalty_by_hand() -> None:
     assert out.metrics["rewards/displaced"].item() == 0.5  # the second: margin 1.1, chosen 0.4 nats below the reference
 
 
-def test_tpo_as_in_trl() -> None:
-    """No golden numbers: the loss of TRL 1.16's experimental TPOTrainer, line by line."""
-    for name in ("tpo", "tpo hinge", "tpo ipo", "tpo-l"):
-        objective = OBJECTIVES[name]
-        assert isinstance(objective, TPOObjective)
-        data = batch(objective)
-        logps = -torch.rand(data["mask"].shape, dtype=torch.float64)
-        sums = (logps * data["mask"]).sum(1)
-        if objective.loss_type in ("ipo", "tpo-l"):
-            sums = sums / data["mask"].sum(1).clamp(min=1)
-        delta = sums[:B] - sums[B : 2 * B]
-        loss = {
-            "sigmoid": -F.logsigmoid(objective.beta * delta),
-            "hinge": torch.relu(1 - objective.beta * delta),
-            "ipo": (delta - 1 / (2 * objective.beta)) ** 2,
-            "tpo-l": -F.logsigmoid(objective.beta * (delta - objective.tpo_l_gamma / objective.beta)),
-        }[objective.loss_type].mean()
-        if objective.nll_on_gold:
-            loss = loss - objective.tpo_alpha * logps[2 * B :][data["mask"][2 * B :]].mean()
-        out = on_logps(objective, separate(objective, data, logps, None))
-        torch.testing.assert_close(out.loss, loss)
-
-
 def test_bco_with_its_running_shift() -> None:
     objective = PreferenceObjective(loss_type="bco_pair")
     data = batch(objective)

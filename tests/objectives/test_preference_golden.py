@@ -1,10 +1,12 @@
-"""Numbers that TRL 1.16's and OpenRLHF 0.11.2's own code computed: DPO and kin, KTO, CPO, ORPO."""
+"""Numbers that TRL 1.16's and OpenRLHF 0.11.2's own code computed: DPO and kin, KTO, CPO, ORPO, TPO."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,8 @@ from torch import Tensor
 
 from fastrl.objectives.dpo import PreferenceObjective
 from fastrl.objectives.kto import KTOObjective, kto_kl, kto_loss
-from fastrl.objectives.preference import preference_loss
-from fastrl.objectives.reference_free import CPOObjective, ORPOObjective
+from fastrl.objectives.preference import PreferenceOutput, linear_preference_loss, preference_loss
+from fastrl.objectives.reference_free import TPO_LOSS_TYPES, CPOObjective, ORPOObjective, TPOObjective
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -37,12 +39,12 @@ def metrics_agree(got: dict[str, Tensor], want: dict[str, float], count: int, at
     assert len(want) == count
 
 
-DPO, KTO, CPO, ORPO = (cases(f"trl_{name}.json") for name in ("dpo", "kto", "cpo", "orpo"))
+DPO, KTO, CPO, ORPO, TPO = (cases(f"trl_{name}.json") for name in ("dpo", "kto", "cpo", "orpo", "tpo"))
 OPENRLHF = [case for case in cases("openrlhf_losses.json") if case["function"] == "DPOLoss"]
 
 
 def test_all_cases_are_there() -> None:
-    assert [len(x) for x in (DPO, KTO, CPO, ORPO)] == [90, 12, 20, 9]
+    assert [len(x) for x in (DPO, KTO, CPO, ORPO, TPO)] == [90, 12, 20, 9, 9]
     assert len(OPENRLHF) == 4
 
 
@@ -180,3 +182,51 @@ def test_orpo(case: dict[str, Any]) -> None:
         close(grad.squeeze(-1), outputs[f"grad_{side}_logps"], rtol=1e-6)
     assert -grads[2].item() == pytest.approx(outputs["grad_nll_loss"])
     metrics_agree(out.metrics, outputs["metrics"], 9)
+
+
+def tpo(objective: TPOObjective, logits: Tensor, ids: Tensor, mask: Tensor) -> PreferenceOutput:
+    """The loss of a joint batch, position t of the logits scoring token t + 1; the head is the identity."""
+    hidden, weight = logits[:, :-1], torch.eye(logits.shape[-1], dtype=logits.dtype)
+    return linear_preference_loss(hidden, weight, ids[:, 1:], objective, mask=mask[:, 1:])
+
+
+@pytest.mark.parametrize("case", TPO, ids=lambda c: c["name"])
+def test_tpo(case: dict[str, Any]) -> None:
+    inputs, outputs = case["inputs"], case["outputs"]
+    logits = tensor(inputs["logits"]).requires_grad_()
+    ids, mask = (torch.tensor(inputs[name]) for name in ("input_ids", "completion_mask"))
+    out = tpo(TPOObjective(**case["config"]), logits, ids, mask)
+    close(out.loss, outputs["loss"])
+    close(torch.autograd.grad(out.loss, logits)[0], outputs["grad_logits"], atol=1e-12)
+    wanted = dict(outputs["metrics"])
+    # Three need the logits; TRL's entropy counts the gold answers, ours is that of the pairs.
+    for name in ("logits/chosen", "logits/rejected", "mean_token_accuracy", "entropy"):
+        del wanted[name]
+    metrics_agree(out.metrics, wanted, 6)
+
+
+@pytest.mark.parametrize("loss_type", TPO_LOSS_TYPES)
+def test_tpo_trainer_itself(loss_type: str) -> None:
+    trainer = pytest.importorskip("trl.experimental.tpo.tpo_trainer", reason="needs TRL").TPOTrainer
+    for alpha in (0.7, 0.0):
+        config = {"loss_type": loss_type, "beta": 0.3, "tpo_alpha": alpha, "tpo_l_gamma": 0.8}
+        config["label_smoothing"] = 0.0 if loss_type in ("hinge", "ipo") else 0.1
+        n = 9 if alpha else 6
+        logits, ids = torch.randn(n, 7, 12, dtype=torch.float64, requires_grad=True), torch.randint(12, (n, 7))
+        mask = (torch.rand(n, 7) < 0.7).long()
+        mask[:, 3] = 1
+
+        def one(x: Tensor) -> Tensor:
+            return x
+
+        stub = SimpleNamespace(
+            model=SimpleNamespace(training=True), accelerator=SimpleNamespace(gather=one, gather_for_metrics=one),
+            _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1, **config,
+        )  # fmt: skip
+        inputs = {"input_ids": ids, "completion_mask": mask, "attention_mask": torch.ones_like(ids)}
+        want = trainer._compute_loss(stub, lambda logits=logits, **_: SimpleNamespace(logits=logits), inputs, False)
+        out = tpo(TPOObjective(**config), logits, ids, mask)
+        torch.testing.assert_close(out.loss, want)
+        ours, theirs = (torch.autograd.grad(x, logits)[0] for x in (out.loss, want))
+        torch.testing.assert_close(ours, theirs)
+        assert ours.abs().sum() > 0
