@@ -20,6 +20,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
+from fastrl.trainers.metrics import MetricStore
+from fastrl.trainers.progress import use_progress
+
 logger = logging.get_logger(__name__)
 
 MANIFEST = "fastrl_manifest.json"
@@ -79,10 +82,17 @@ class ResumableTrainer(Trainer):
 
     What transformers would lose between two logs (the running loss) is saved too, so that the metrics logged after
     resuming are those of the uninterrupted run.
+
+    Metrics that a subclass adds to `metrics` are shown in the progress view (`fastrl.trainers.progress`) step by step.
     """
 
     _staging: str | None = None
     _resumed_log_state: dict[str, Any] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.metrics = MetricStore()
+        self.progress = use_progress(self)
 
     def resume_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What must survive besides model, optimizer, scheduler and random state: JSON and tensors."""
@@ -105,7 +115,13 @@ class ResumableTrainer(Trainer):
                 raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}")
         elif resume_from_checkpoint:
             check_complete(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        with self.progress:
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """See `transformers.Trainer.evaluate`."""
+        with self.progress:
+            return super().evaluate(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

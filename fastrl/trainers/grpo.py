@@ -19,7 +19,6 @@ from fastrl.objectives import AdaptiveEntropy, PolicyObjective
 from fastrl.rollout import RolloutEngine, TransformersEngine
 from fastrl.trainers import model_setup
 from fastrl.trainers.grpo_config import GRPOConfig
-from fastrl.trainers.metrics import MetricStore, use_rollout_progress
 from fastrl.trainers.micro_batches import MicroBatch, groups_together, live_fractions, normalized
 from fastrl.trainers.packing import Packer, Pass
 from fastrl.trainers.prompt_trainer import PromptTrainer
@@ -126,14 +125,12 @@ class GRPOTrainer(PromptTrainer):
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed is not supported yet")
         self.model_accepts_loss_kwargs = False
-        self.progress = use_rollout_progress(self)
         self.patches = [patch_model(policy)]
         if self.reference is not None:
             self.patches.append(patch_model(self.reference))
             self.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
         # Under FSDP every process must run the model equally often.
         self.packer = Packer.for_model(policy, args.share_prompts, args.tokens_per_pass, one_pass=self.is_fsdp_enabled)
-        self.metrics = MetricStore()
         self.engine = rollout_engine or TransformersEngine(
             lambda: self.accelerator.unwrap_model(self.model_wrapped),
             eos_token_ids=eos_token_ids,
@@ -271,8 +268,6 @@ class GRPOTrainer(PromptTrainer):
         if self.args.use_adaptive_entropy or self.args.entropy_coef != 0:
             self.metrics.add("train", {"entropy_coef": self.entropy.coef})
         self.metrics.add("train", {"step_time": time.perf_counter() - self._step_started})
-        if self.progress is not None:
-            self.progress.show(self.metrics)
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:

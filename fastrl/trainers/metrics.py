@@ -1,14 +1,12 @@
-"""Metrics between two logs, under TRL's names, and the progress bar that shows the ones to watch."""
+"""Metrics between two logs, under TRL's names."""
 
 import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 
 class MetricStore:
@@ -35,9 +33,18 @@ class MetricStore:
         """Tokens that training has used, for `tokens_per_second`."""
         self._tokens += tokens
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether training has used tokens since the last log."""
+        return self._tokens > 0
+
     def tokens_per_second(self) -> float:
         """Since the last log, generation and everything else included."""
         return self._tokens / max(time.perf_counter() - self._clock, 1e-9)
+
+    def latest(self, mode: str) -> dict[str, float]:
+        """The last value of each metric since the last log."""
+        return {name: values[-1] for name, values in self.values.get(mode, {}).items() if values}
 
     def drain(self, mode: str) -> dict[str, float | None]:
         """Means of what was added since the last drain; None where all values were NaN."""
@@ -46,7 +53,7 @@ class MetricStore:
             valid = [value for value in values if not math.isnan(value)]
             means[name] = sum(valid) / len(valid) if valid else None
         if mode == "train":
-            if self._tokens:
+            if self.counts_tokens:
                 means["tokens_per_second"] = self.tokens_per_second()
             self._tokens, self._clock = 0, time.perf_counter()
         return means
@@ -99,42 +106,3 @@ def _nan_std(values: Tensor) -> Tensor:
     if valid.numel() < 2:
         return values.new_full((), 0.0 if valid.numel() else math.nan)
     return valid.std()
-
-
-class RolloutProgressCallback(ProgressCallback):
-    """The progress bar, with reward, completion length and tokens per second, renewed every step."""
-
-    def show(self, metrics: MetricStore) -> None:
-        """Sets what the bar shows, from the latest rollout."""
-        reward, length = (metrics.values["train"].get(name) for name in ("reward", "completions/mean_length"))
-        if self.training_bar is not None and reward and length:
-            speed = metrics.tokens_per_second()
-            self.training_bar.set_postfix_str(
-                f"reward {reward[-1]:.3f}, length {length[-1]:.0f}, {speed:.0f} tok/s", refresh=False
-            )
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Prints one short line: the full set of metrics goes to the loggers and to `trainer.state.log_history`."""
-        if not state.is_world_process_zero or self.training_bar is None or logs is None:
-            return
-        watched = ("loss", "grad_norm", "reward", "eval_reward", "entropy", "kl", "live_fraction")
-        watched += ("completions/mean_length", "tokens_per_second", "train_runtime", "train_loss")
-        shown = [f"{name} {logs[name]:.4g}" for name in watched if isinstance(logs.get(name), int | float)]
-        self.training_bar.write(f"step {state.global_step}: " + ", ".join(shown))
-
-
-def use_rollout_progress(trainer: Trainer) -> RolloutProgressCallback | None:
-    """Puts the trainer's plain progress bar out for this one; None where it has none (disable_tqdm, a notebook)."""
-    if not any(type(callback) is ProgressCallback for callback in trainer.callback_handler.callbacks):
-        return None
-    progress = RolloutProgressCallback()
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(progress)
-    return progress

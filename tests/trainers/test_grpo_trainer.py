@@ -12,12 +12,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_runs import TEMPLATE, WORDS, ScriptedEngine, count_letters, record_rollouts, tiny_model
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProgressCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import fastrl
 from fastrl.rollout import Completions, SamplingParams
 from fastrl.trainers import GRPOTrainer
-from fastrl.trainers.metrics import RolloutProgressCallback
 
 Make = Callable[..., GRPOTrainer]
 
@@ -338,15 +337,6 @@ def test_tensorboard(make_trainer: Make, tmp_path: Path, monkeypatch: pytest.Mon
     accumulator.Reload()
     assert len(accumulator.Scalars("train/reward")) == 2
     assert {"train/live_fraction", "train/completions/mean_length"} <= set(accumulator.Tags()["scalars"])
-
-
-def test_progress_bar(make_trainer: Make, capfd: pytest.CaptureFixture[str]) -> None:
-    trainer = make_trainer(disable_tqdm=False)
-    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
-    assert RolloutProgressCallback in kinds and ProgressCallback not in kinds
-    trainer.train()
-    shown = capfd.readouterr()
-    assert "tok/s" in shown.err and "reward" in shown.err and "length" in shown.err
 
 
 def test_the_patch_can_be_removed_after_training(make_trainer: Make) -> None:
