@@ -24,7 +24,7 @@ class PromptTrainer(ResumableTrainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=list,  # type: ignore[arg-type]
+            data_collator=list,
             **kwargs,
         )
         self._window_examples: list[Any] = []  # per micro-batch of the optimizer step, the examples of its rollout
