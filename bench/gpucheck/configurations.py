@@ -17,8 +17,13 @@ SHAPES = [
     ("linear_row_stats", 64, 4096, 128256, torch.bfloat16),
     ("row_stats", 2048, 0, 128256, torch.float32),
     ("row_grad", 2048, 0, 128256, torch.float32),
+    ("divergence_rows", 2048, 0, 128256, torch.float32),
 ]
-TINY = [("linear_row_stats", 5, 16, 200, torch.float32), ("row_stats", 3, 0, 600, torch.float32)]
+TINY = [
+    ("linear_row_stats", 5, 16, 200, torch.float32),
+    ("row_stats", 3, 0, 600, torch.float32),
+    ("divergence_rows", 3, 0, 600, torch.float32),
+]
 
 
 def run(record: Record) -> None:

@@ -39,9 +39,14 @@ def run(record: Record) -> None:
     cases["row kernels, -inf in whole blocks"] = partial(_minus_infinity, backend=backend)
     cases["row kernels, NaN and inf stay in their row"] = partial(_bad_rows, backend=backend)
     cases["row kernels, rows moved in place"] = partial(_moves, backend=backend)
+    for vocabulary in (129, 507) if settings.tiny else (129, 507, 50257, 128256):
+        for dtype in dtypes if settings.backend != "cpu" else (torch.float32, torch.float64):
+            title = f"divergence rows {_short(dtype)} V={vocabulary}"
+            cases[title] = partial(_divergence_rows, backend=backend, v=vocabulary, dtype=dtype, title=title)
     for dtype in (torch.float32, torch.bfloat16):
         cases[f"linear_logprobs {_short(dtype)}"] = partial(_linear_logprobs, dtype=dtype)
         cases[f"logprobs_from_logits {_short(dtype)}"] = partial(_logprobs_from_logits, dtype=dtype)
+        cases[f"linear_divergence {_short(dtype)}"] = partial(_linear_divergence, dtype=dtype)
         for name, objective in OBJECTIVES.items():
             title = f"linear_policy_loss {name} {_short(dtype)}"
             cases[title] = partial(_linear_policy_loss, dtype=dtype, objective=objective, title=title)
@@ -74,6 +79,7 @@ def run(record: Record) -> None:
     run_cases(record, cases)
 
 
+DIVERGENCES = (("forward_kl", 0.0), ("reverse_kl", 0.0), ("jsd", 0.3))
 OBJECTIVES = {
     "dapo": fastrl.PolicyObjective(loss_type="dapo"),
     "grpo, KL and entropy": fastrl.PolicyObjective(loss_type="grpo", beta=0.04, entropy_coef=0.01),
@@ -191,6 +197,40 @@ def _moves(record: Record, backend: backends.Backend) -> None:
     record.check("rows moved in place", torch.equal(tile[target], everywhere[source]))
 
 
+def _divergence_rows(record: Record, backend: backends.Backend, v: int, dtype: torch.dtype, title: str) -> None:
+    tile, _, (upstream, *_) = _tile(record, 64, v, dtype)
+    ref_tile = tile.flip(0)
+    bias = torch.linspace(-1, 1, v, device=tile.device, dtype=accumulation_dtype(dtype))
+    eager_backend: backends.Backend = reference  # type: ignore[assignment]
+
+    def call(kernels: backends.Backend, kind: torch.dtype, *how: Any) -> list[Tensor]:
+        x, out = tile.to(kind), torch.full_like(tile, math.nan, dtype=kind)
+        biases = [None if b is None else b.to(accumulation_dtype(kind)) for b in how[4:]]
+        weight = upstream.to(accumulation_dtype(kind))
+        return [kernels.divergence_rows(x, ref_tile.to(kind), *how[:4], *biases, weight, out), out]
+
+    for divergence in DIVERGENCES:
+        for name, form in (("plain", (PLAIN, PLAIN, None, None)), ("full", (EVERYTHING, PLAIN, bias, -bias))):
+            how = (*divergence, *form)
+            ours, eager, truth = (
+                call(kernels, kind, *how)
+                for kernels, kind in ((backend, dtype), (eager_backend, dtype), (eager_backend, torch.float64))
+            )
+            what = f"{title} {divergence[0]} {name}"
+            for part, *values in zip(("value", "gradient"), ours, eager, truth, strict=True):
+                # In fp64 eager is the truth, and has no error to be measured by.
+                scale = 4 * values[2].abs().max().item() if dtype == torch.float64 else None
+                record.close(f"{what}: {part}", *values, scale=scale)
+            again = call(backend, dtype, *how)
+            same = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+            record.check(f"{what}: twice the same bits", same)
+            alone = backend.divergence_rows(tile, ref_tile, *how)
+            place = tile.clone()
+            backend.divergence_rows(place, ref_tile, *how, upstream, place)
+            record.check(f"{what}: in place, and without a gradient", torch.equal(alone, ours[0])
+                         and torch.equal(place, ours[1]))  # fmt: skip
+
+
 # Public functions ---------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +291,29 @@ def _logprobs_from_logits(record: Record, dtype: torch.dtype) -> None:
     rows = zip(("logps", "d logits"), call(True, dtype), call(False, dtype), call(False, torch.float64), strict=True)
     for name, *values in rows:
         record.close(f"logprobs_from_logits {_short(dtype)}: {name}", *values)
+
+
+def _linear_divergence(record: Record, dtype: torch.dtype) -> None:
+    device, (b, t, d, v) = record.settings.device, _sizes(record)
+    problem, teacher = make_problem(b, t, d, v, dtype, device), make_problem(b, t, 2 * d, v, dtype, device)
+    upstream = torch.randn(b, t, generator=torch.Generator().manual_seed(1)).to(device)
+    mask = torch.rand(b, t, generator=torch.Generator().manual_seed(2)).to(device) < 0.8
+
+    def call(backend: str, kind: torch.dtype, divergence: tuple[str, float]) -> list[Tensor]:
+        leaves = [x.to(kind).requires_grad_() for x in (problem.hidden, problem.weight)]
+        out = fastrl.linear_divergence(
+            *leaves, teacher.hidden.detach().to(kind), teacher.weight.detach().to(kind), kind=divergence[0],
+            beta=divergence[1] or None, mask=mask, temperature=0.7, backend=backend,
+        )  # fmt: skip
+        return [out.detach(), *torch.autograd.grad((upstream.to(out.dtype) * out).sum(), leaves)]
+
+    for divergence in DIVERGENCES:
+        ours, eager = (call(name, dtype, divergence) for name in (record.settings.backend, "reference"))
+        truth = call("reference", torch.float64, divergence)
+        title = f"linear_divergence {divergence[0]} {_short(dtype)}"
+        for name, *values in zip(("value", "d hidden", "d weight"), ours, eager, truth, strict=True):
+            record.close(f"{title}: {name}", *values)
+        record.check(f"{title}: masked rows have no gradient", bool((ours[1][~mask] == 0).all()))
 
 
 def _fused_forward(record: Record, dtype: torch.dtype) -> None:
@@ -379,6 +442,9 @@ def kernels_once(record: Record) -> None:
         record.say(f"row_stats ran, V={v}, sum of logps {stats.logps.sum().item():.6g}")
         out = _grad(backend, tile, ids, EVERYTHING, bias, stats, upstream)
         record.say(f"row_grad ran, V={v}, sum of gradients {out.sum().item():.6g}")
+        both = (tile, tile.flip(0), "jsd", 0.3, EVERYTHING, PLAIN, bias, None, upstream[0], out)
+        value = backend.divergence_rows(*both)
+        record.say(f"divergence_rows ran, V={v}, sum {value.sum().item():.6g}, of gradients {out.sum().item():.6g}")
     rewards = torch.arange(40.0, device=record.settings.device)
     for scale in ("group", "batch", "none"):
         out = backend.group_advantages(rewards, (rewards % 7).long(), "leave_one_out", scale, 1e-4)

@@ -51,7 +51,10 @@ def test_the_whole_path_on_the_cpu(tmp_path: Path) -> None:
     assert list(stages) == names
     assert all(stage["finished"] for stage in stages.values())
     checks = [check["name"] for check in stages["correctness"]["checks"]]
-    assert len(checks) > 200 and any("capturable" in name for name in checks) and any("gae" in name for name in checks)
+    assert len(checks) > 200
+    assert all(
+        any(what in name for name in checks) for what in ("capturable", "gae", "divergence rows", "linear_divergence")
+    )
     assert {item["name"] for item in stages["memory"]["not_run"]} >= {"addresses past 2^31 elements"}
     rows = stages["peers"]["rows"]
     timed = {row["contender"]: row for row in rows if row["workload"] == "forward + backward"}

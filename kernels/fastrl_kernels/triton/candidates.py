@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels import reference
-from fastrl_kernels.head import LogitTransform
+from fastrl_kernels.head import LogitTransform, accumulation_dtype
+from fastrl_kernels.triton.divergence_rows import divergence_candidates, divergence_rows
 from fastrl_kernels.triton.launch import (
     LinearConfig,
     RowConfig,
@@ -26,7 +27,8 @@ from fastrl_kernels.triton.linear_stats import linear_row_stats
 from fastrl_kernels.triton.row_grad import row_grad
 from fastrl_kernels.triton.row_stats import row_stats
 
-OPS = ("row_stats", "row_grad", "linear_row_stats")
+OPS = ("row_stats", "row_grad", "linear_row_stats", "divergence_rows")
+TILES_MOVED = {"row_stats": 1, "row_grad": 2, "divergence_rows": 7}  # tiles that a row pass reads and writes
 CHECKED_ROWS = 8  # compared with fp64
 
 
@@ -53,8 +55,9 @@ def linear_flops(n: int, depth: int, vocabulary: int) -> int:
 
 
 def row_bytes(op: str, n: int, vocabulary: int, dtype: torch.dtype) -> int:
-    """Bytes of a row pass: row_stats reads each logit once, row_grad reads it and writes its gradient."""
-    return n * vocabulary * dtype.itemsize * (2 if op == "row_grad" else 1)
+    """Bytes of a row pass: row_stats reads each logit once, row_grad reads it and writes its gradient, divergence_rows
+    reads those of both heads three times and writes the student's gradient."""
+    return n * vocabulary * dtype.itemsize * TILES_MOVED[op]
 
 
 def time_candidates(
@@ -73,9 +76,9 @@ def time_candidates(
     Args:
         op: one of OPS.
         n, depth, vocabulary: rows, D (used by linear_row_stats only) and V.
-        dtype: of the operands, or of the tile of logits, which row_grad turns into its gradient in place.
+        dtype: of the operands, or of the tiles of logits, which row_grad turns into their gradient in place.
         device: a CUDA device, or the CPU in Triton's interpreter.
-        entropy, softcap: as in the ops.
+        entropy, softcap: as in the ops; divergence_rows has no entropy, and is timed with its gradient.
 
     Raises:
         ValueError: an unknown op.
@@ -103,10 +106,26 @@ def time_candidates(
             lambda config: linear_row_stats(x, weight, ids, transform, None, entropy, config).logps[checked],
         )  # fmt: skip
 
-    tile = randn(n, vocabulary)
+    tile, work = randn(n, vocabulary), row_bytes(op, n, vocabulary, dtype)
+    if op == "divergence_rows":
+        ref_tile, out = randn(n, vocabulary), torch.empty_like(tile)
+        weight = torch.ones(n, dtype=accumulation_dtype(dtype), device=device)
+        exact_grad = torch.empty(tile[checked].shape, dtype=torch.float64, device=device)
+        reference.divergence_rows(
+            tile[checked].double(), ref_tile[checked].double(), "jsd", 0.5, transform, transform, None, None,
+            weight[checked].double(), exact_grad,
+        )  # fmt: skip
+
+        def divergence(config: RowConfig) -> Tensor:
+            divergence_rows(tile, ref_tile, "jsd", 0.5, transform, transform, None, None, weight, out, config)
+            return out[checked]
+
+        possible_rows = divergence_candidates(vocabulary, dtype)
+        return _time(op, shape, possible_rows[0], possible_rows, work, device, exact_grad, divergence, divergence)
+
     stats = row_stats(tile, ids, transform, None, True, row_config(vocabulary, dtype))
     exact = reference.row_stats(tile[checked].double(), ids[checked], transform, None, True)
-    work, default = row_bytes(op, n, vocabulary, dtype), row_config(vocabulary, dtype)
+    default = row_config(vocabulary, dtype)
     if op == "row_stats":
         return _time(
             op, shape, default, row_candidates(vocabulary, dtype), work, device, exact.logps,
