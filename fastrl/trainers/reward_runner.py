@@ -1,44 +1,73 @@
-"""Calls the user's reward functions and turns what they return into one tensor, or into one error that names the
-function at fault. Never guesses: a reward that is NaN, infinite or not a number is an error, `None` is "no reward"."""
+"""Calls the user's reward functions and turns what they return into one tensor.
 
-import asyncio
+Never guesses: a reward that is NaN, infinite or not a number is an error that names the function, `None` is "no
+reward". A function that raises or hangs costs the rewards of the completions at fault, not the run."""
+
+from __future__ import annotations
+
 import inspect
 import math
-import threading
-from collections.abc import Awaitable, Callable, Sequence
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
+
+from fastrl.rewards.calls import CallRunner, CallTimeoutError
+
+logger = logging.get_logger(__name__)
 
 RewardFunction = Callable[..., Any]
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_GIVEN = ("trainer_state", "log_metric", "log_extra")  # to every function, besides one list per column
 
 
 class RewardFunctionError(ValueError):
-    """A reward function raised, or returned something else than one number or None per completion."""
+    """A reward function returned something else than one number or None per completion, lacks a column or a package, or
+    failed for every completion of several batches in a row."""
 
 
 class RewardRunner:
     """The reward functions of a run.
 
-    A function is called as `f(prompts=, completions=, completion_ids=, trainer_state=, log_metric=, **columns)` with
-    one entry per completion in each list, and returns one number or None (no reward) per completion. `log_metric(name,
-    value)` adds a metric of the function's own to the logs. Arguments that its signature does not take are left out,
-    so that `def f(completions)` works. Async functions run concurrently, on one event loop
-    that lives as long as the runner (clients that keep connections depend on it).
+    A function is called as `f(prompts=, completions=, completion_ids=, trainer_state=, log_metric=, log_extra=,
+    **columns)` with one entry per completion in each list, and returns one number or None (no reward) per completion.
+    `log_metric(name, value)` adds a metric of the function's own to the logs, `log_extra(column, values)` a column to
+    the table of completions. Arguments that its signature does not take are left out, so that `def f(completions)`
+    works. Async functions run concurrently.
+
+    **Failures.** A call that raises, or takes longer than `timeout`, can't say which completion was at fault, so the
+    function is called again for each completion alone; those that fail again get no reward from it. Their number is
+    logged as `rewards/<name>/errors` and `rewards/<name>/timeouts` (from the function's first failure on), and the
+    first failure is shown with its traceback. A function that fails for every completion of `max_failed_batches`
+    batches in a row ends the run. Rewards that depend on the other completions of the batch don't survive this: a
+    function that compares completions should not raise.
 
     Args:
-        functions: one or several functions, or callable objects.
+        functions: one or several functions, or callable objects such as `fastrl.rewards.RewardModel`.
         weights: one per function, or None for ones.
+        timeout: seconds that a call may take: for the batch, then for each completion alone. None: no limit, and the
+            functions are called in turn in the calling thread, as TRL does. See `fastrl.rewards.calls.CallRunner`.
+        workers: calls at a time where there is a limit.
+        max_failed_batches: see above.
 
     Raises:
-        TypeError: something that is not callable, or a reward model, which is not supported yet.
-        ValueError: no function, or another number of weights than of functions.
+        TypeError: something that is not callable, or a model that is not wrapped in a RewardModel.
+        ValueError: no function, another number of weights than of functions, or a limit that is not positive.
     """
 
     def __init__(
-        self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None
+        self,
+        functions: RewardFunction | Sequence[RewardFunction],
+        weights: Sequence[float] | None = None,
+        *,
+        timeout: float | None = None,
+        workers: int = 8,
+        max_failed_batches: int = 3,
     ) -> None:
         self.functions = [functions] if callable(functions) else list(functions)
         if not self.functions:
@@ -46,7 +75,8 @@ class RewardRunner:
         for i, function in enumerate(self.functions):
             if isinstance(function, (nn.Module, str)):
                 raise TypeError(
-                    f"reward_funcs[{i}]: reward models are not supported yet; pass a function that calls the model"
+                    f"reward_funcs[{i}]: expected a function, got {type(function).__name__}; a reward model is passed "
+                    "as fastrl.rewards.RewardModel(model)"
                 )
             if not callable(function):
                 raise TypeError(f"reward_funcs[{i}]: expected a function, got {type(function).__name__}")
@@ -55,62 +85,138 @@ class RewardRunner:
         if weights is not None and len(weights) != count:
             raise ValueError(f"reward_weights: expected {count} weights, one per reward function, got {len(weights)}")
         self.weights = torch.ones(count) if weights is None else torch.tensor(weights, dtype=torch.float32)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.max_failed_batches = max_failed_batches
+        self._calls = CallRunner(timeout, workers)
+        self._has_failed = [False] * count
+        self._failed_batches = [0] * count  # in a row, up to now
 
     def __call__(
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
-        columns: dict[str, list[Any]],
+        columns: Mapping[str, Sequence[Any]],
         trainer_state: Any,
         log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
     ) -> Tensor:
-        """Rewards (B, F) fp32, NaN where a function returned None. Without log_metric, such metrics are dropped.
+        """Rewards (B, F) fp32, NaN where a function gave none. Metrics and columns without a logger are dropped.
 
         Raises:
             RewardFunctionError: see there; the original exception is its cause.
         """
-        arguments = {
-            **columns,
-            "prompts": prompts,
-            "completions": completions,
-            "completion_ids": completion_ids,
-            "trainer_state": trainer_state,
-            "log_metric": log_metric or (lambda name, value: None),
-        }
-        returned: list[Any] = [None] * len(self.functions)
-        pending: dict[int, Awaitable[Any]] = {}
-        for i, (function, name) in enumerate(zip(self.functions, self.names, strict=True)):
-            try:
-                result = function(**_accepted(function, arguments))
-            except Exception as error:
-                raise _raised(name, error) from error
-            if inspect.isawaitable(result):
-                pending[i] = result
-            else:
-                returned[i] = result
-        for i, result in self._run_async(pending).items():
-            if isinstance(result, BaseException):
-                raise _raised(self.names[i], result) from result
-            returned[i] = result
-        columns_of_rewards = [
-            _checked(result, len(completions), name) for result, name in zip(returned, self.names, strict=True)
+        lists = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        for function, name in zip(self.functions, self.names, strict=True):
+            _check_columns(function, name, {*lists, *_GIVEN})
+        calls = [
+            _RewardCall(function, name, lists, trainer_state)
+            for function, name in zip(self.functions, self.names, strict=True)
         ]
-        return torch.tensor(columns_of_rewards, dtype=torch.float32).T.contiguous()
+        results = self._calls.run(calls, f"reward functions {', '.join(self.names)}")
+        rewards = []
+        for i, (call, result) in enumerate(zip(calls, results, strict=True)):
+            if isinstance(result, Exception):
+                rewards.append(self._each_alone(i, call, result, log_metric))
+            else:
+                rewards.append(_checked(result, len(completions), call.name))
+                self._count_failures(i, [], len(completions), log_metric)
+            call.forward(log_metric, log_extra)
+        return torch.tensor(rewards, dtype=torch.float32).T.contiguous()
 
-    def _run_async(self, pending: dict[int, Awaitable[Any]]) -> dict[int, Any]:
-        if not pending:
-            return {}
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="fastrl-rewards", daemon=True).start()
+    def _each_alone(
+        self, i: int, call: _RewardCall, error: Exception, log_metric: Callable[[str, float], None] | None
+    ) -> list[float]:
+        if isinstance(error, ImportError):  # the next batch will not find it either
+            raise _raised(call.name, error) from error
+        alone = [call.of_completion(j) for j in range(call.size)]
+        results = self._calls.run(alone, f"reward function {call.name}")
+        rewards = [
+            math.nan if isinstance(result, Exception) else _checked(result, 1, call.name)[0] for result in results
+        ]
+        call.join(alone, [not isinstance(result, Exception) for result in results])
+        if not self._has_failed[i]:
+            self._has_failed[i] = True
+            shown = "".join(traceback.format_exception(error)).rstrip()
+            logger.warning(
+                f"{_raised(call.name, error)}. Called again for each completion alone, it failed for "
+                f"{sum(map(math.isnan, rewards))} of {call.size}; such completions get no reward from it.\n{shown}"
+            )
+        failures = [result for result in results if isinstance(result, Exception)]
+        self._count_failures(i, failures, call.size, log_metric)
+        return rewards
 
-        async def gather() -> list[Any]:
-            return await asyncio.gather(*pending.values(), return_exceptions=True)
+    def _count_failures(
+        self, i: int, failures: list[Exception], size: int, log_metric: Callable[[str, float], None] | None
+    ) -> None:
+        if self._has_failed[i] and log_metric is not None:
+            timeouts = sum(isinstance(error, CallTimeoutError) for error in failures)
+            log_metric(f"rewards/{self.names[i]}/errors", float(len(failures) - timeouts))
+            log_metric(f"rewards/{self.names[i]}/timeouts", float(timeouts))
+        self._failed_batches[i] = self._failed_batches[i] + 1 if failures and len(failures) == size else 0
+        if self._failed_batches[i] >= self.max_failed_batches:
+            raise RewardFunctionError(
+                f"{_raised(self.names[i], failures[0])}, and so for every completion of {self._failed_batches[i]} "
+                "batches in a row"
+            ) from failures[0]
 
-        results = asyncio.run_coroutine_threadsafe(gather(), self._loop).result()
-        return dict(zip(pending, results, strict=True))
+
+@dataclass
+class _RewardCall:
+    """One call of a reward function; what it logs is kept until it is known to count."""
+
+    function: RewardFunction
+    name: str
+    lists: Mapping[str, Sequence[Any]]  # one entry per completion
+    trainer_state: Any
+    metrics: list[tuple[str, float]] = field(default_factory=list)
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Completions."""
+        return len(self.lists["completions"])
+
+    def __call__(self) -> Any:
+        """What the function returns."""
+        metrics: list[tuple[str, float]] = []  # not self.metrics: a call that was given up may still write here
+        extras: dict[str, list[Any]] = {}
+        self.metrics, self.extras = metrics, extras
+        arguments = {
+            **self.lists,
+            "trainer_state": self.trainer_state,
+            "log_metric": lambda name, value: metrics.append((name, value)),
+            "log_extra": lambda column, values: extras.__setitem__(column, list(values)),
+        }
+        return self.function(**_accepted(self.function, arguments))
+
+    def of_completion(self, j: int) -> _RewardCall:
+        """The call for one completion."""
+        lists = {name: values[j : j + 1] for name, values in self.lists.items()}
+        return _RewardCall(self.function, self.name, lists, self.trainer_state)
+
+    def join(self, alone: Sequence[_RewardCall], succeeded: Sequence[bool]) -> None:
+        """Takes what the calls for each completion logged: columns have None where a call failed."""
+        valid = [call for call, counts in zip(alone, succeeded, strict=True) if counts]
+        self.metrics = [metric for call in valid for metric in call.metrics]
+        columns = dict.fromkeys(column for call in valid for column in call.extras)
+        self.extras = {
+            column: [
+                call.extras.get(column, [None])[0] if counts else None
+                for call, counts in zip(alone, succeeded, strict=True)
+            ]
+            for column in columns
+        }
+
+    def forward(
+        self,
+        log_metric: Callable[[str, float], None] | None,
+        log_extra: Callable[[str, list[Any]], None] | None,
+    ) -> None:
+        """Hands on what was logged."""
+        for name, value in self.metrics if log_metric is not None else ():
+            log_metric(name, value)  # type: ignore[misc]
+        for column, values in self.extras.items() if log_extra is not None else ():
+            log_extra(column, values)  # type: ignore[misc]
 
 
 def _name(function: RewardFunction) -> str:
@@ -129,18 +235,33 @@ def _unique(names: list[str]) -> list[str]:
     return unique
 
 
+def _check_columns(function: RewardFunction, name: str, given: Collection[str]) -> None:
+    needed = [p.name for p in _parameters(function) or () if p.default is p.empty and p.kind in _BY_NAME]
+    missing = [parameter for parameter in needed if parameter not in given]
+    if missing:
+        raise RewardFunctionError(
+            f"reward function '{name}' needs the column {missing[0]!r}, which the dataset does not have"
+        )
+
+
 def _accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a builtin without a signature
-        return arguments
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+    parameters = _parameters(function)
+    if parameters is None or any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return arguments
     named = {parameter.name for parameter in parameters}
     return {name: value for name, value in arguments.items() if name in named}
 
 
+def _parameters(function: RewardFunction) -> list[inspect.Parameter] | None:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a builtin without a signature
+        return None
+
+
 def _raised(name: str, error: BaseException) -> RewardFunctionError:
+    if isinstance(error, CallTimeoutError):
+        return RewardFunctionError(f"reward function '{name}' gave {error} (reward_timeout)")
     return RewardFunctionError(f"reward function '{name}' raised {type(error).__name__}: {error}")
 
 
