@@ -57,7 +57,7 @@ def reward_model_loss(
         chosen_scores, rejected_scores: `(B,)`, fp32, fp64, bf16 or fp16. A score may be infinite: a pair that is
             infinitely right costs 0, one that is infinitely wrong inf, one with the same infinity twice NaN.
         margin: `(B,)`, in units of the scores; TRL's `margin` column.
-        center_rewards_coefficient: weight of the centering term, 0.01 in the paper; None: none.
+        center_rewards_coefficient: weight of the centering term, TRL recommends 0.01; None: none.
         kind: "sigmoid", or "log_exp", OpenRLHF's LogExpLoss `log(1 + exp(r_l - r_w))`: the same function of the scores,
             which there takes a margin and ignores it. Here a margin with it is an error.
         mask: `(B,)`, nonzero where the pair counts; scores elsewhere are never used and may be NaN.
@@ -231,9 +231,8 @@ def outcome_reward_loss(
         one logit z per token     -y log sigmoid(z) - (1 - y) log sigmoid(-z)
         C logits per token        -log softmax(z)[y]
 
-    averaged over the tokens of the mask that have a label. Token-level verifiers are Cobbe et al. 2021's (section 4.2),
-    the cross entropy on the outcome is Lightman et al. 2023's (appendix E) and that of chapter "Reward Models" of the
-    RLHF Book. Use it where only final answers can be checked; the score at the last token judges the answer, those
+    averaged over the tokens of the mask that have a label. Token-level verifiers are Cobbe et al. 2021's (section 4.3);
+    Lightman et al. 2023 train their outcome models in the same manner (appendix E). Use it where only final answers can be checked; the score at the last token judges the answer, those
     before it estimate the chance that it will be right.
 
     Args:
