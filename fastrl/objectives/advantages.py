@@ -45,7 +45,9 @@ def group_advantages(
 
     A reward that is None, NaN or infinite is no reward: it is left out of every statistic and gets 0 (TRL lets an
     infinite one turn its group, or with scale "batch" the batch, into 0s). A group whose rewards are all equal gets
-    exactly 0, so that the fused losses drop its tokens.
+    exactly 0, so that the fused losses drop its tokens. To be used where each prompt has several completions and no
+    critic: "mean" by default, "leave_one_out" for unbiased gradients of small groups; without a scale, prompts that
+    are solved nearly always or never weigh no more than others.
 
     Args:
         rewards: `(B,)` floating point, or a list of numbers and None.
@@ -163,7 +165,8 @@ def gpg_advantages(
 ) -> Tensor:
     """GPG (Chu et al. 2025): `alpha (r - group mean) / f_norm`, alpha = B / rows that count; no gradient.
 
-    alpha makes up for the completions of unanimous groups, which have no gradient and yet are averaged over.
+    alpha makes up for the completions of unanimous groups, which have no gradient and yet are averaged over. For
+    loss_type "gpg", which has no ratio and no reference, with rewards of 0 and 1.
 
     Args:
         rewards, group_ids, lone, backend: see `group_advantages`. B is the number of rewards that exist.
@@ -216,7 +219,8 @@ def combine_rewards(
 
     "sum_then_normalize": group advantages of the weighted sum of the rewards that exist. "normalize_then_sum" (GDPO,
     Liu et al. 2026): each function is normalised within its group, the weighted sum is normalised over the batch;
-    `baseline` and `scale` do not apply then.
+    `baseline` and `scale` do not apply then. The former for rewards on one scale, whose ratio is meant; the latter
+    where a reward of larger spread would drown the others.
 
     Args:
         rewards_per_func: `(B, F)` floating point, NaN where a function gave no reward; or lists, with None there.

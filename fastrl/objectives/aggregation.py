@@ -87,6 +87,9 @@ def aggregate_loss(
 ) -> Tensor:
     """One number from the losses (or entropies, or KLs) of tokens, differentiable; 0 where every token is masked.
 
+    `sum of aggregation_weights * token_loss`: verl 0.9's `agg_loss`, and the averages of TRL's and OpenRLHF's losses,
+    by name. For a token loss of one's own; the objectives do it by themselves.
+
     Args:
         token_loss: `(B, T)`, or `(N,)` with cu_seqlens, floating point; never read outside the mask.
         aggregation, normalizer, length, eps: see `aggregation_weights`.

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 class AdaptiveEntropy:
     """Steps the entropy coefficient up while the policy's entropy is at or below a target, down while it is above.
 
-    Semantics of TRL 1.16 (`use_adaptive_entropy`), after Skywork-OR1 (He et al. 2025, section 4.3).
+    Use it where training collapses to few answers, or wanders, under any fixed coefficient. Semantics of TRL 1.16
+    (`use_adaptive_entropy`), after Skywork-OR1 (He et al. 2025, section 4.3).
 
     Args:
         coef: initial coefficient; coef_min, coef_max: its bounds; delta: its step per optimizer step.

@@ -13,7 +13,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
 
 @dataclass(frozen=True, kw_only=True)
 class KLClamp:
-    """Bounds that keep an estimate finite. No gradient flows where one is exceeded.
+    """Bounds that keep an estimate finite (verl's and OpenRLHF's, see `kl_estimate`). No gradient beyond them.
 
     Args:
         low, high: of `ref_logps - logps` inside k3's exponential, in nats; the other estimators do not have one.

@@ -110,7 +110,7 @@ def kto_loss(
     normalizer: Tensor | float | None = None,
     cu_seqlens: Tensor | None = None,  # (B + 1,)
 ) -> PreferenceOutput:
-    """KTO's loss on given log-probabilities; differentiable in logps.
+    """KTO's loss on given log-probabilities (formula, paper and use: `KTOObjective`); differentiable in logps.
 
     An answer without a token is none: it has no loss and is not counted. A log-probability of -inf gives its own
     answer the loss's limit (0 or the class's weight) and no gradient; NaN is not skipped, as it is in TRL.

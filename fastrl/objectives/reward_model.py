@@ -231,9 +231,10 @@ def outcome_reward_loss(
         one logit z per token     -y log sigmoid(z) - (1 - y) log sigmoid(-z)
         C logits per token        -log softmax(z)[y]
 
-    averaged over the tokens of the mask that have a label. Token-level verifiers are Cobbe et al. 2021's (section 4.3);
-    Lightman et al. 2023 train their outcome models in the same manner (appendix E). Use it where only final answers can be checked; the score at the last token judges the answer, those
-    before it estimate the chance that it will be right.
+    averaged over the tokens of the mask that have a label: torch's (binary) cross entropy. Token-level verifiers are
+    Cobbe et al. 2021's (section 4.3); Lightman et al. 2023 train their outcome models in the same manner (appendix E).
+    Use it where only final answers can be checked; the score at the last token judges the answer, those before it
+    estimate the chance that it will be right.
 
     Args:
         logits: one per token, `(B, T)` or `(B, T, 1)`, or C of them, `(B, T, C)`; `(N, ...)` with cu_seqlens.

@@ -115,6 +115,7 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int, *, factor: f
     `-factor * clip((length - (max_length - buffer)) / buffer, 0, 1)`: 0 up to `max_length - buffer`, then linear; with
     a buffer of 0, -factor above max_length. TRL 1.16's `get_soft_overlong_punishment` and OpenRLHF 0.11's
     `overlong_penalty_factor`; verl 0.9's too for lengths up to max_length, beyond which it goes on falling.
+    For completions that run into the length limit: what is cut off is discouraged without a cliff.
 
     Args:
         lengths: `(B,)` tokens of each completion.
@@ -134,7 +135,9 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int, *, factor: f
 
 
 def stop_properly_penalty(rewards: Tensor, truncated: Tensor, coef: float) -> Tensor:
-    """Rewards in which a truncated completion's is `coef * r` (coef >= 0) or `coef` itself (coef < 0): OpenRLHF's.
+    """Rewards in which a truncated completion's is `coef * r` (coef >= 0) or `coef` itself (coef < 0).
+
+    OpenRLHF 0.11's `stop_properly_penalty_coef`. Use it where a completion that was cut off can still be rewarded.
 
     A coef in [0, 1] scales a positive reward down, but a negative one up, towards 0: prefer a negative coef where
     rewards may be negative. OpenRLHF applies it after the overlong penalty.
@@ -154,7 +157,7 @@ def length_penalty(lengths: Tensor, target: Tensor | float = 0.0, *, coef: float
     """Linear penalty on the length: `-coef * max(length - target, 0)`; to be added to the reward.
 
     With both_sides `-coef * |length - target|`, L1's LCPO-exact (Aggarwal and Welleck 2025), in which the prompt
-    asks for the target length.
+    asks for the target length. Use it where answers should be short, or of a length asked for.
 
     Args:
         lengths: `(B,)` tokens of each completion.
@@ -173,7 +176,8 @@ def group_length_reward(lengths: Tensor, correct: Tensor, group_ids: Tensor) -> 
     """Length reward within a group (Kimi k1.5, 2025): short correct answers up, long wrong ones down.
 
     `w = 0.5 - (length - shortest) / (longest - shortest)` over the completions of a prompt; w for a correct answer,
-    `min(0, w)` for a wrong one, 0 where all are equally long. To be weighted and added to the reward.
+    `min(0, w)` for a wrong one, 0 where all are equally long. To be weighted and added to the reward, where answers
+    grow longer than they have to, and no target length can be named beforehand.
 
     Args:
         lengths: `(B,)` tokens; correct: `(B,)`, nonzero where the answer is right; group_ids: `(B,)` integers.

@@ -226,9 +226,9 @@ def optimal_token_baseline(
         A_t = G_t - sum_i(G_it W_it) / (sum_i W_it + eps),   W_t = sum over u <= t of 1 - 2 p_u + sum_v p_v^2
 
     where i runs over the group's completions that are t tokens long, and W, the squared norm of the score function in
-    logit space, is the variance that a completion has gathered so far. verl 0.9's `tir_optimal_token_baseline`, and
-    with skip_holes False its `optimal_token_baseline`. For long, noisy completions, where one baseline for all their
-    tokens is coarse.
+    logit space, is the variance that a completion has gathered so far (Li et al. 2026, arXiv:2602.07078). verl 0.9's
+    `tir_optimal_token_baseline`, and with skip_holes False its `optimal_token_baseline`. For long, noisy completions,
+    where one baseline for all their tokens is coarse.
 
     Args:
         rewards: `(B, T)`, or `(N,)` with cu_seqlens, per token; mask: of the same shape, nonzero where it counts.
@@ -322,7 +322,8 @@ def whiten(
         "trl"       (x - m) / (sqrt(S / (n - 1)) + eps)         eps 1e-4
 
     The statistics are those of the tensors given: pass the whole batch, not a micro-batch. The shape means nothing
-    here, so packed and padded tokens give the same.
+    here, so packed and padded tokens give the same. Use it on the advantages of a critic (PPO) or on returns
+    (REINFORCE++), so that a step does not depend on the scale of the rewards.
 
     Args:
         x: floating point; NaN and infinite values are left out of the statistics and get 0.

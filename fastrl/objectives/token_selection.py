@@ -76,8 +76,9 @@ def covariance_tokens(
     `max(1, int(kl_cov_ratio N))` tokens of largest cov; clip_cov takes `max(1, int(clip_cov_ratio N))` at random, or
     all if there are fewer, of those with `clip_cov_lb < cov < clip_cov_ub` that the ratio's clip has left alone.
 
-    `policy_loss` does this by itself for the tokens it is given. For micro-batches, call this once with the whole
-    batch and pass each part of the answer as `selected`: their losses then add up to the batch's.
+    verl 0.9's `clip_cov` and `kl_cov`. `policy_loss` does this by itself for the tokens it is given. For micro-batches,
+    call this once with the whole batch and pass each part of the answer as `selected`: their losses then add up to the
+    batch's.
 
     Args:
         objective: of loss_type "clip_cov" or "kl_cov".
