@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,10 @@ PACKAGES = (
 
 def facts(device: torch.device) -> dict[str, Any]:
     """Device, versions and backends, ready for JSON."""
-    versions = {"fastrl": fastrl.__version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+    found = {name: version or "not installed" for name, version in versions(PACKAGES).items()}
     out: dict[str, Any] = {
         "device": device_name(device),
-        "versions": versions,
+        "versions": found,
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -38,7 +34,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
     if device.type != "cuda":
         return out
-    versions["cuda (torch)"] = torch.version.cuda or "none"
+    found["cuda (torch)"] = torch.version.cuda or "none"
     properties = torch.cuda.get_device_properties(device)
     out["compute capability"] = f"{properties.major}.{properties.minor}"
     out["multiprocessors"] = properties.multi_processor_count
@@ -50,6 +46,17 @@ def facts(device: torch.device) -> dict[str, Any]:
         answer = f"nvidia-smi gave nothing: {error}"
     out["driver, max clock, power limit"] = answer
     return out
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Of fastrl, Python and these distributions; None: not installed."""
+    found: dict[str, str | None] = {"fastrl": fastrl.__version__, "python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def device_name(device: torch.device) -> str:

@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from fastrl.trainers.metrics import MetricStore
 from fastrl.trainers.progress import use_progress
+from fastrl.trainers.run_record import RunRecord
 
 logger = logging.get_logger(__name__)
 
@@ -93,6 +94,8 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.metrics = MetricStore()
         self.progress = use_progress(self)
+        self.record = RunRecord()
+        self.add_callback(self.record)
 
     def resume_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What must survive besides model, optimizer, scheduler and random state: JSON and tensors."""

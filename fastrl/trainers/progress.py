@@ -70,7 +70,7 @@ class ProgressView(TrainerCallback):
         self, store: Callable[[], MetricStore | None] = lambda: None, *, console: Console | None = None
     ) -> None:
         self._store = store
-        self._console = console
+        self.console = console or Console()
         self._live: Live | None = None
         self._users = 0
         self._title = ""
@@ -193,7 +193,7 @@ class ProgressView(TrainerCallback):
         rows.add_column()
         rows.add_column(justify="right")
         rows.add_column(overflow="crop", no_wrap=True)
-        for name in self._watched()[: max(3, self._terminal().height - 8)]:
+        for name in self._watched()[: max(3, self.console.height - 8)]:
             values = list(self._trends[name])
             rows.add_row(
                 Text(name, style="cyan" if name.startswith("eval") else ""),
@@ -241,20 +241,14 @@ class ProgressView(TrainerCallback):
 
     # Drawing --------------------------------------------------------------------------------------------------------
 
-    def _terminal(self) -> Console:
-        if self._console is None:
-            self._console = Console()
-        return self._console
-
     def _can_draw(self, args: TrainingArguments) -> bool:
-        console = self._terminal()
-        return console.is_terminal and not console.is_dumb_terminal and not args.disable_tqdm
+        return self.console.is_terminal and not self.console.is_dumb_terminal and not args.disable_tqdm
 
     def _open(self, args: TrainingArguments) -> None:
         if self._live is None and self._can_draw(args):
             method = type(args).__name__.removesuffix("Config")
             self._title = f"{method}  {args.output_dir}"
-            self._live = Live(self, console=self._terminal(), auto_refresh=False)
+            self._live = Live(self, console=self.console, auto_refresh=False)
             self._live.start(refresh=True)
 
     def _draw(self, at_once: bool = False) -> None:
