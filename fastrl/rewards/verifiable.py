@@ -6,11 +6,10 @@ All have the signature that TRL's trainers call: `f(completions=..., **columns) 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from fastrl.data.procedural import task_verifier
-from fastrl.rewards.completions import Completion, completion_text, last_word, stated_answer
+from fastrl.rewards.completions import Completion, completion_text, last_word, number_value, stated_answer
 
 
 def reasoning_gym_reward(
@@ -70,17 +69,9 @@ def exact_number_reward(completions: Sequence[Completion], answer: Sequence[str 
     """
     rewards = []
     for completion, expected in zip(completions, answer, strict=True):
-        number = _number(str(expected))
+        number = number_value(str(expected))
         if number is None:
             raise ValueError(f"exact_number_reward: the column answer holds {expected!r}, which is not a number")
         text = completion_text(completion).strip()
-        rewards.append(1.0 if _number(text) == number else 0.5 if _number(last_word(text)) == number else 0.0)
+        rewards.append(1.0 if number_value(text) == number else 0.5 if number_value(last_word(text)) == number else 0.0)
     return rewards
-
-
-def _number(text: str) -> Decimal | None:
-    try:
-        value = Decimal(text.replace(",", ""))
-    except InvalidOperation:
-        return None
-    return value if value.is_finite() else None
