@@ -38,6 +38,10 @@ class TokenBatch:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same sequences on a device."""
+        return type(self)(**{name: t.to(device, non_blocking=non_blocking) for name, t in self.tensors().items()})
+
     def select(self, rows: Tensor) -> Self:
         """The sequences of an index or a mask, without the columns that are padding in all of them.
 

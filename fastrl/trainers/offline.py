@@ -1,0 +1,340 @@
+"""What trainers on a fixed dataset share: rows tokenized once, packed passes without padding, a loss that is normalized
+over the whole optimizer step, metrics, evaluation. A subclass says what a row is and what its loss is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from fastrl.data.token_rows import TokenRow, TokenRows, check_datasets, tokenize_rows
+from fastrl.integrations import patch_model
+from fastrl.trainers import model_setup
+from fastrl.trainers.checkpointing import ResumableTrainer
+from fastrl.trainers.metrics import MetricStore
+from fastrl.trainers.offline_config import OfflineConfig
+from fastrl.trainers.packing import Packer, Pass
+from fastrl.trainers.progress import use_progress
+from fastrl.trainers.prompts import context_length_of
+from fastrl.trainers.row_batch import RowBatch, collate_rows, whole_row_passes
+from fastrl.trainers.sampler import RepeatSampler
+
+
+class PassOutput(NamedTuple):
+    """What a trainer computes from one pass."""
+
+    loss: Tensor  # the sum of the pass's terms, each divided by its normalizer
+    metrics: Mapping[str, tuple[Any, Any]]  # name -> (sum, count), whose quotient over a step is logged
+
+
+class _Work(NamedTuple):
+    part: Pass[Any]
+    normalizers: Mapping[str, float]
+
+
+class OfflineTrainer(ResumableTrainer):
+    """Trains a causal LM on the rows of a dataset; SFT, DPO, reward models and off-policy distillation are subclasses.
+
+    A subclass defines
+      - `row_function()`, what tokenizes a row (`fastrl.data.formats`), and `columns`, what rows hold besides tokens;
+      - `pass_loss()`: the loss of a packed pass, divided by the normalizers, and its metrics as sums and counts;
+      - `counts()`, if the loss is divided by something else than the tokens that count;
+      - `collate`, if its batches hold more than tokens;
+      - `whole_rows = True`, if the sequences of a row must meet in one pass, as a pair's loss needs it;
+      - `set_up()`, for what happens to model and tokenizer before an adapter is put on (a reference, a template).
+
+    What a loss is divided by is counted over the whole optimizer step and all processes, so that gradient accumulation,
+    packing, and any split into micro-batches and passes give the same loss and gradient. Metrics are quotients of sums
+    over the step. `eval_loss` is the mean over all that counts in the evaluation set, whatever the batch size; TRL's is
+    a mean of the batches' means.
+
+    The order of rows is a function of (seed, epoch): a resumed run sees the rows that the uninterrupted one does.
+
+    Args:
+        model: a path, a transformers causal LM, or one under PEFT.
+        args: the subclass's config.
+        train_dataset, eval_dataset: rows in a format of `fastrl.data.formats`, a `datasets.Dataset` or a list of dicts;
+            a dict of evaluation datasets evaluates on each.
+        processing_class: the tokenizer; None: the one beside the model. Without a pad token it gets its eos token.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        peft_config: wraps the model in an adapter.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot work, named; a row that cannot be tokenized, named.
+    """
+
+    # The loss is normalized over the optimizer step: Trainer must not divide it by the number of micro-batches.
+    loss_is_scaled_for_ga = True
+    config_class: ClassVar[type[OfflineConfig]] = OfflineConfig
+    columns: ClassVar[Mapping[str, Any]] = {}  # of the rows, besides the tokens: name -> datasets type
+    whole_rows: ClassVar[bool] = False
+    collate: Any = staticmethod(collate_rows)  # (rows, pad_token_id) -> RowBatch
+
+    args: Any
+    model: Any
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: OfflineConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        peft_config: Any = None,
+    ) -> None:
+        args = self.config_class() if args is None else args
+        if not isinstance(args, self.config_class):
+            raise TypeError(f"args: expected a fastrl.{self.config_class.__name__}, got {type(args).__name__}")
+        check_datasets(train_dataset, eval_dataset)
+        set_seed(args.seed)  # an adapter's weights are random
+        policy = self.load_model(model, args)
+        self.tokenizer = model_setup.load_tokenizer(processing_class, policy, args.trust_remote_code)
+        self.pad_token_id, self.eos_token_ids = model_setup.special_tokens(self.tokenizer, policy)
+        if args.disable_dropout:
+            model_setup.disable_dropout(policy)
+        policy = self.set_up(policy, args, peft_config)
+        if peft_config is not None:
+            policy = model_setup.add_adapter(policy, peft_config)
+        self._tokenize = partial(
+            tokenize_rows,
+            tokenize=self.row_function(args),
+            columns=self.columns,
+            context_length=context_length_of(policy.config),
+            num_proc=args.dataset_num_proc,
+            progress=not args.disable_tqdm,
+        )
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=partial(type(self).collate, pad_token_id=self.pad_token_id),
+            train_dataset=self._tokenize(train_dataset, "train_dataset"),
+            eval_dataset=self._tokenized_eval(eval_dataset),
+            processing_class=self.tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError("several GPUs in one process (DataParallel) are not supported: use torchrun or accelerate")
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed is not supported yet")
+        self.progress = use_progress(self)
+        self.patches = [self.patch(policy)]
+        # Under FSDP every process must run the model equally often.
+        self.packer = Packer.for_model(policy, args.share_prompts, args.tokens_per_pass, one_pass=self.is_fsdp_enabled)
+        self.metrics = MetricStore()
+        self._sums: dict[str, Tensor] = {}  # name -> (sum, count) over the passes of the step or the evaluation
+        self._micro_batches_left = 0  # of the optimizer step
+        self._eval_prefix: str | None = None
+
+    # What a subclass defines -----------------------------------------------------------------------------------------
+
+    def load_model(self, model: str | nn.Module, args: Any) -> Any:
+        """The model to train, from a path or an object."""
+        return model_setup.load_model(model, args.model_init_kwargs, args.trust_remote_code)
+
+    def patch(self, model: nn.Module) -> Any:
+        """Makes the model score without logits."""
+        return patch_model(model)
+
+    def set_up(self, policy: Any, args: Any, peft_config: Any) -> Any:
+        """Prepares model and `self.tokenizer`, before the adapter and the tokenization; the model to go on with."""
+        return policy
+
+    def row_function(self, args: Any) -> Callable[[Mapping[str, Any]], TokenRow]:
+        """What makes a `token_row` of a row of the dataset; loadable by worker processes."""
+        raise NotImplementedError
+
+    def counts(self, batch: Any) -> dict[str, float]:
+        """What the loss of a micro-batch is divided by, by name; the first is also the weight of `eval_loss`."""
+        return {"tokens": float(batch.mask.sum())}
+
+    def pass_loss(self, model: nn.Module, part: Pass[Any], normalizers: Mapping[str, float]) -> PassOutput:
+        """Runs the model on a pass. `normalizers` are the `counts` of the optimizer step, per process."""
+        raise NotImplementedError
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    def _tokenized_eval(self, eval_dataset: Any) -> Any:
+        if isinstance(eval_dataset, dict):
+            return {key: self._tokenize(rows, f"eval_dataset[{key!r}]") for key, rows in eval_dataset.items()}
+        return None if eval_dataset is None else self._tokenize(eval_dataset, "eval_dataset")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        args: Any = self.args
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self._sampler = RepeatSampler(rows, 1, shuffle=args.train_sampling_strategy == "random", seed=seed)
+        return self._sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
+        return RepeatSampler(eval_dataset, 1, shuffle=False)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The rows in order; a dataset that is not tokenized yet is."""
+        if eval_dataset is None and self.eval_dataset is None:
+            raise ValueError("eval_dataset: evaluation needs one")
+        if eval_dataset is not None and not isinstance(eval_dataset, str | TokenRows):
+            eval_dataset = self._tokenize(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        return data_collator  # tokenized rows have the columns that they need
+
+    def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
+        self._sampler.set_epoch(epoch)  # accelerate's wrappers do not always pass the epoch on
+        super()._run_epoch(model, epoch, *args, **kwargs)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs  # a batch that is on the device, or a pass
+
+    def precomputed(self, rows: TokenRows, name: str, values: Callable[[Any], Tensor], batch_size: int) -> TokenRows:
+        """The rows with a column `name` of what `values` gives for each sequence of a batch, (B,), in lists of K.
+
+        The processes share the work. For reference log-probabilities, say: the model runs once and not every epoch.
+        """
+        rank, world = self.args.process_index, self.args.world_size
+        starts = range(rank * batch_size, len(rows), world * batch_size)
+        found: list[tuple[int, list[float]]] = []
+        for start in tqdm(starts, desc=f"{name} of {rows.name}", disable=self.args.disable_tqdm or rank > 0):
+            places = range(start, min(start + batch_size, len(rows)))
+            batch: Any = self.data_collator([rows[place] for place in places])
+            batch = batch.to(self.args.device)
+            with torch.no_grad(), self.accelerator.autocast():
+                of_sequence = values(batch).tolist()
+            of_row: list[list[float]] = [[] for _ in places]
+            for number, value in zip(batch.row.tolist(), of_sequence, strict=True):
+                of_row[number].append(value)
+            found += zip(places, of_row, strict=True)
+        return rows.with_column(name, [values for _, values in sorted(gather_object(found))])
+
+    # One optimizer step ----------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        self._micro_batches_left = len(batch_samples)
+        counts = [self.counts(batch) for batch in batch_samples]
+        names = list(counts[0])
+        totals = self._total(torch.tensor([[count[name] for name in names] for count in counts]).sum(0))
+        # The gradient is averaged over processes, so that each one's share must count that much more. Where nothing is
+        # there to count every term is 0, whatever it is divided by.
+        shares = [float(total) / self.accelerator.num_processes or 1.0 for total in totals]
+        return dict(zip(names, shares, strict=True))
+
+    def _total(self, counts: Tensor) -> Tensor:
+        return self.accelerator.reduce(counts.double().to(self.args.device), reduction="sum").cpu()
+
+    def passes(self, batch: RowBatch) -> list[Pass[Any]]:
+        """What the model runs on for a batch, by the token budget; whole rows in each where the loss needs that."""
+        return whole_row_passes(self.packer, batch) if self.whole_rows else self.packer.passes(batch)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a micro-batch, pass by pass."""
+        batch: RowBatch = inputs
+        *first, last = [_Work(part, num_items_in_batch) for part in self.passes(batch)]
+        loss = torch.zeros((), device=self.args.device)
+        with self.accelerator.no_sync(model):  # each process has its own number of passes
+            for work in first:
+                loss += super().training_step(model, work, None)  # type: ignore[arg-type]
+        loss += super().training_step(model, last, None)  # type: ignore[arg-type]
+        self._add({"num_tokens": (batch.num_tokens, 1)})
+        self._micro_batches_left -= 1
+        if not self._micro_batches_left:
+            self._finish_step()
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The loss of a pass; its metrics are added to those of the step."""
+        if return_outputs:
+            raise ValueError(f"return_outputs: {type(self).__name__} has no outputs but the loss")
+        out = self.pass_loss(model, inputs.part, inputs.normalizers)
+        self._add(out.metrics)
+        return out.loss
+
+    def _add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
+        for name, pair in metrics.items():
+            values = [torch.as_tensor(value, dtype=torch.float64, device=self.args.device) for value in pair]
+            self._sums[name] = self._sums.get(name, 0.0) + torch.stack(values).detach()
+
+    def _take_metrics(self) -> tuple[dict[str, float], int]:
+        """The means since the last call over all processes, and the tokens."""
+        names = sorted(self._sums)
+        totals = self._total(torch.stack([self._sums[name] for name in names])).tolist()
+        self._sums = {}
+        sums = dict(zip(names, totals, strict=True))
+        tokens = int(sums.pop("num_tokens", (0.0, 0.0))[0])
+        return {name: value / count if count else float("nan") for name, (value, count) in sums.items()}, tokens
+
+    def _finish_step(self) -> None:
+        metrics, tokens = self._take_metrics()
+        self.state.num_input_tokens_seen += tokens
+        self.metrics.count_tokens(tokens)
+        self.metrics.add("train", metrics)
+        self.metrics.set("train", "num_tokens", self.state.num_input_tokens_seen)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        pass  # counted with the metrics
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """6 per token and weight, embeddings left out."""
+        return 6 * inputs.num_tokens * self.model.num_parameters(exclude_embeddings=True)
+
+    # Evaluation, logs, checkpoints -----------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """`eval_loss` and the metrics of training, prefixed, over the whole evaluation set."""
+        if isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._eval_prefix = metric_key_prefix
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._eval_prefix = None
+
+    def evaluation_loop(  # type: ignore[override]
+        self, dataloader: DataLoader, description: str, *, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        """Adds the metrics, and a loss that does not depend on how the set is cut into batches."""
+        training, self._sums = self._sums, {}
+        output: Any = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics, _ = self._take_metrics()
+        metrics["num_tokens"] = float(self.state.num_input_tokens_seen)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        self._sums = training
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, None, None]:
+        """Adds the loss and the metrics of a batch; there are no predictions."""
+        counts = {name: count or 1.0 for name, count in self.counts(inputs).items()}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = [self.compute_loss(model, _Work(part, counts)) for part in self.passes(inputs)]
+        weight = next(iter(counts.values()))
+        self._add({"loss": (torch.stack(losses).sum() * weight, weight)})
+        return None, None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of training's metrics since the last log."""
+        if self._eval_prefix is None:
+            logs.update(self.metrics.drain("train"))  # type: ignore[arg-type]
+        super().log(logs, start_time)
+
+    def resume_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Metrics not yet logged."""
+        return {"metrics": self.metrics.state_dict()}, {}
+
+    def load_resume_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """See `resume_state`."""
+        self.metrics.load_state_dict(state["metrics"])

@@ -1,0 +1,67 @@
+"""Batches of dataset rows: the sequences of some rows, and passes that keep a row's sequences together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastrl.data.token_rows import TokenRow
+from fastrl.trainers.packing import Packer, Pass
+from fastrl.trainers.token_batch import TokenBatch, pad
+
+
+@dataclass(frozen=True)
+class RowBatch(TokenBatch):
+    """The sequences of some rows of a dataset, those of a row side by side."""
+
+    row: Tensor  # (B,) int64: the row of the batch that a sequence belongs to, ascending
+
+
+Rows = TypeVar("Rows", bound=RowBatch)
+
+
+def row_tensors(rows: Sequence[TokenRow], pad_token_id: int) -> dict[str, Tensor]:
+    """The fields of a `RowBatch` from tokenized rows."""
+    cpu = torch.device("cpu")
+    prompts, completions, masks = (
+        [sequence for row in rows for sequence in row[name]] for name in ("prompt_ids", "completion_ids", "loss_mask")
+    )
+    prompt_ids, prompt_mask = pad(prompts, pad_token_id, left=True, device=cpu)
+    completion_ids, completion_mask = pad(completions, pad_token_id, left=False, device=cpu)
+    loss_mask, _ = pad(masks, False, left=False, device=cpu)
+    numbers = [number for number, row in enumerate(rows) for _ in row["prompt_ids"]]
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "loss_mask": loss_mask,
+        "row": torch.tensor(numbers),
+    }
+
+
+def collate_rows(rows: Sequence[TokenRow], pad_token_id: int) -> RowBatch:
+    """Rows side by side, on the CPU."""
+    return RowBatch(**row_tensors(rows, pad_token_id))
+
+
+def whole_row_passes(packer: Packer, batch: Rows) -> list[Pass[Rows]]:
+    """The passes of a batch, none of which holds only a part of a row; rows that fit in the token budget share one."""
+    lengths = batch.prompt_mask.sum(-1) + batch.completion_mask.sum(-1)
+    of_row = torch.zeros(int(batch.row[-1]) + 1, dtype=lengths.dtype, device=lengths.device)
+    chunks, room = [0], packer.tokens
+    for number, length in enumerate(of_row.index_add(0, batch.row, lengths).tolist()):
+        if length > room and number:
+            chunks.append(number)
+            room = packer.tokens
+        room -= length
+    passes = []
+    for first, last in zip(chunks, [*chunks[1:], len(of_row)], strict=True):
+        places = ((batch.row >= first) & (batch.row < last)).nonzero().squeeze(-1)
+        (part,) = packer.passes(batch.select(places), together=True)
+        passes.append(replace(part, sequences=places[part.sequences]))
+    return passes
