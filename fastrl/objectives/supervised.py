@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,38 +18,56 @@ from .policy import LossOutput
 from .sequences import sequences_of
 
 
-class NegativeLogLikelihood:
-    """The token-local objective `-logp`."""
+def _dynamic(logps: Tensor) -> Tensor:
+    """-p logp with p held constant; exactly 0, with no gradient, where p is."""
+    p = logps.detach().exp()
+    return -p * logps.masked_fill(p == 0, 0.0)
+
+
+SFT_LOSSES: Mapping[str, Callable[[Tensor], Tensor]] = {"nll": torch.neg, "dft": _dynamic}
+
+
+@dataclass(frozen=True)
+class SupervisedObjective:
+    """The token-local objective of a loss type."""
+
+    loss_type: str
 
     def token_loss(self, tokens: TokenBatch) -> Tensor:
-        return -tokens.logps
+        return SFT_LOSSES[self.loss_type](tokens.logps)
 
 
-_NLL = NegativeLogLikelihood()
-_HANDLE = register_objective(_NLL)
+_OBJECTIVES = [SupervisedObjective(name) for name in SFT_LOSSES]
+_HANDLES = {objective.loss_type: register_objective(objective) for objective in _OBJECTIVES}
 
 
 def sft_loss(
     logps: Tensor,  # (B, T)
     *,
     mask: Tensor,  # (B, T)
+    loss_type: str = "nll",
     aggregation: str = "token-mean",
     normalizer: Tensor | float | None = None,
     length: float | None = None,
     eps: float = 0.0,
     cu_seqlens: Tensor | None = None,  # (B + 1,)
 ) -> LossOutput:
-    """The negative log-likelihood of demonstrations, `-logp` of each token aggregated over the mask.
+    """The loss of demonstrations, of each token aggregated over the mask:
+
+        nll    -logp             the negative log-likelihood
+        dft    -sg(p) logp       dynamic fine-tuning (Wu et al. 2025, arXiv:2508.05629), TRL 1.16's `loss_type="dft"`
 
     "token-mean" is the cross entropy of TRL's SFTTrainer, of transformers' causal LMs and of OpenRLHF 0.11's GPTLMLoss,
     and its SFTLoss with token_level_loss; without that it is "seq-mean-token-mean" with eps 1e-8. On dp_size ranks
     OpenRLHF's loss is this one with normalizer = the whole batch's count / dp_size. Use it to train on given answers,
-    or as the likelihood term beside a preference loss.
+    or as the likelihood term beside a preference loss; dft, whose gradient does not grow where the model disagrees, to
+    keep what the model knew before.
 
     Args:
-        logps: `(B, T)`, or `(N,)` with cu_seqlens: log-probabilities of the tokens. One of -inf makes the loss inf; its
-            gradient is that of any other token.
+        logps: `(B, T)`, or `(N,)` with cu_seqlens: log-probabilities of the tokens. One of -inf makes the nll inf, its
+            gradient is that of any other token; in dft it has neither (TRL: NaN).
         mask: nonzero where the token counts (the answer). Values elsewhere are never used and may be NaN or inf.
+        loss_type: "nll" or "dft".
         aggregation, normalizer, length, eps: see `aggregate_loss`. TRL's num_items_in_batch is a normalizer.
         cu_seqlens: `(B + 1,)` bounds of packed sequences.
 
@@ -55,14 +76,18 @@ def sft_loss(
         num_tokens.
 
     Raises:
-        ValueError, TypeError: as `aggregate_loss`.
+        ValueError, TypeError: an unknown loss_type, and as `aggregate_loss`.
     """
+    _check_loss_type(loss_type)
     validation.check_floating("logps", logps)
+    inside = validation.check_mask(mask, tuple(logps.shape), logps.device)
+    assert inside is not None  # only None gives None
+    logps = torch.where(inside, logps, 0.0)
     loss = aggregate_loss(
-        -logps.to(accumulation_dtype(logps.dtype)), aggregation, mask=mask, cu_seqlens=cu_seqlens,
-        normalizer=normalizer, length=length, eps=eps,
+        SFT_LOSSES[loss_type](logps.to(accumulation_dtype(logps.dtype))), aggregation, mask=inside,
+        cu_seqlens=cu_seqlens, normalizer=normalizer, length=length, eps=eps,
     )  # fmt: skip
-    return _output(loss, torch.where(mask != 0, logps.detach(), 0.0), mask != 0)
+    return _output(loss, logps.detach(), inside)
 
 
 def linear_sft_loss(
@@ -71,6 +96,7 @@ def linear_sft_loss(
     ids: Tensor,  # (B, T)
     *,
     mask: Tensor,  # (B, T)
+    loss_type: str = "nll",
     aggregation: str = "token-mean",
     normalizer: Tensor | float | None = None,
     length: float | None = None,
@@ -104,6 +130,7 @@ def linear_sft_loss(
     Raises:
         ValueError, TypeError, RuntimeError: as `linear_logprobs` and `sft_loss`.
     """
+    _check_loss_type(loss_type)
     name = backends.choose(backend, hidden.device)
     head = {"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
     run = {"memory_budget": memory_budget, "capturable": capturable, "explain": explain}
@@ -112,7 +139,9 @@ def linear_sft_loss(
         stats = linear_logprobs(
             hidden, weight, ids, mask=mask, tp_group=tp_group, backend=name, **head, **run,  # type: ignore[arg-type]
         )  # fmt: skip
-        return sft_loss(stats.logps, mask=mask, cu_seqlens=cu_seqlens, **over)  # type: ignore[arg-type]
+        return sft_loss(
+            stats.logps, mask=mask, loss_type=loss_type, cu_seqlens=cu_seqlens, **over  # type: ignore[arg-type]
+        )  # fmt: skip
     validation.check_weight(weight, bias, hidden)
     validation.check_ids(ids, tuple(hidden.shape[:-1]), hidden.device)
     validation.check_run(memory_budget, 0.0, capturable)
@@ -128,12 +157,18 @@ def linear_sft_loss(
     transform = LogitTransform(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
     states, rows = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1).to(torch.int64)
     loss, logps, *_ = ops.linear_policy_loss(
-        states, weight, bias, rows, inside.reshape(-1), None, weights, None, weights, None, None, None, _HANDLE, False,
+        states, weight, bias, rows, inside.reshape(-1), None, weights, None, weights, None, None, None,
+        _HANDLES[loss_type], False,
         *needs, 0.0, transform.temperature, transform.logit_scale, transform.softcap, name,
         "" if tp_group is None else tp_group.group_name, *run.values(),
     )  # fmt: skip
     ops.give_up_gradients(loss)
     return _output(loss, logps.view(ids.shape).detach(), inside)
+
+
+def _check_loss_type(loss_type: str) -> None:
+    if loss_type not in SFT_LOSSES:
+        raise ValueError(f"loss_type: expected one of {', '.join(SFT_LOSSES)}, got {loss_type!r}")
 
 
 def _output(loss: Tensor, logps: Tensor, inside: Tensor) -> LossOutput:

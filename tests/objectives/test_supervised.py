@@ -175,6 +175,46 @@ def test_gradcheck() -> None:
         assert torch.autograd.gradcheck(lambda x: sft_loss(x, **options).loss, [logps], fast_mode=True)
 
 
+@pytest.mark.parametrize("backend", ("reference", "cpu"))
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_dynamic_fine_tuning(aggregation: str, backend: str) -> None:
+    """TRL 1.16's lines: `-log_probs * log_probs.exp().detach()`; the gradient is the nll's times p."""
+    d = data()
+    given = {"loss_type": "dft", "aggregation": aggregation}
+    logps = fastrl.linear_logprobs(d["hidden"], d["weight"], d["ids"], bias=d["bias"]).logps.requires_grad_()
+    per_token = -logps * logps.exp().detach()
+    kept = MASK.double()
+    share = kept / kept.sum(1, keepdim=True).clamp(min=1)
+    weights = {"token-mean": kept / 10, "seq-mean-token-mean": share / 3, "seq-mean-token-sum": kept / 3}
+    want = (per_token * weights.get(aggregation, kept)).sum()
+    out = sft_loss(logps, mask=MASK, **given)
+    close(out.loss, want)
+    close(*(torch.autograd.grad(x, logps)[0] for x in (out.loss, want)))
+    close(out.metrics["nll"], -logps[MASK == 1].mean())
+    for ours, composed in zip(results(d, True, backend=backend, **given), results(d, False, **given), strict=True):
+        close(ours, composed)
+    there = torch.arange(T) < torch.tensor([6, 5, 2, 1])[:, None]
+    packed = {k: v[there] if v.shape[:2] == (B, T) else v for k, v in d.items()}
+    got = results(packed, True, mask=MASK[there], cu_seqlens=torch.tensor([0, 6, 11, 13, 14]), backend=backend, **given)
+    close(got[0], 1.0 * want)
+    halves = [{k: v[part] if v.shape[:2] == (B, T) else v for k, v in d.items()} for part in (slice(1), slice(1, 4))]
+    options = {**given, "normalizer": AGGREGATIONS[aggregation], "backend": backend}
+    losses = [
+        results(half, True, mask=mask, **options)[0] for half, mask in zip(halves, (MASK[:1], MASK[1:]), strict=True)
+    ]
+    close(sum(losses), want)
+
+
+def test_dynamic_fine_tuning_edges() -> None:
+    logps = double([[-1.0, -math.inf, -800.0, math.nan]]).requires_grad_()
+    out = sft_loss(logps, mask=torch.tensor([[1, 1, 1, 0]]), loss_type="dft", aggregation="token-sum")
+    close(out.loss, math.exp(-1.0))
+    assert torch.autograd.grad(out.loss, logps)[0].tolist() == [[-math.exp(-1.0), 0.0, 0.0, 0.0]]
+    for call in (sft_loss, lambda x, **k: linear_sft_loss(x[..., None], x.T[:, :1], x.long(), **k)):
+        with pytest.raises(ValueError, match="loss_type: expected one of nll, dft, got 'DFT'"):
+            call(torch.zeros(1, 4), mask=torch.ones(1, 4), loss_type="DFT")
+
+
 def test_edges() -> None:
     logps = torch.full((B, T), torch.nan, requires_grad=True)
     nothing = sft_loss(logps, mask=torch.zeros(B, T))
