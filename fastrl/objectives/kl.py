@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .masking import known_finite
+
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
 
 
@@ -74,17 +76,18 @@ def kl_estimate(
         raise ValueError(f"kl_estimator: expected one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}")
     base = estimator.removesuffix("+")
     bounds = _bounds(clamp, base)
-    nowhere = torch.isneginf(logps) & torch.isneginf(ref_logps)
-    d = torch.where(nowhere, 0.0, ref_logps - logps)
+    d = ref_logps - logps
+    finite = known_finite(d)
+    if not finite:
+        d = torch.where(torch.isneginf(logps) & torch.isneginf(ref_logps), 0.0, d)
     if base == estimator:
         if gradient_weight is not None:
             raise ValueError(f"gradient_weight: only for a straight-through estimator such as {base}+, not {estimator}")
-        return _value(d, base, bounds)
-    finite = torch.where(d.isfinite(), d, 0.0)
-    surrogate = 0.5 * finite.square()
+        return _value(d, base, bounds, finite)
+    surrogate = 0.5 * (d if finite else torch.where(d.isfinite(), d, 0.0)).square()
     if gradient_weight is not None:
         surrogate = surrogate * gradient_weight.detach()
-    return _value(d.detach(), base, bounds) + (surrogate - surrogate.detach())
+    return _value(d.detach(), base, bounds, finite) + (surrogate - surrogate.detach())
 
 
 def _bounds(clamp: KLClamp | str | None, base: str) -> KLClamp:
@@ -97,18 +100,23 @@ def _bounds(clamp: KLClamp | str | None, base: str) -> KLClamp:
     return KL_CLAMPS[clamp]
 
 
-def _value(d: Tensor, base: str, bounds: KLClamp) -> Tensor:
-    largest = torch.finfo(d.dtype).max  # a finite bound in any case: inf - inf and 0 * inf would be NaN
+def _value(d: Tensor, base: str, bounds: KLClamp, finite: bool) -> Tensor:
+    # A finite bound where d may be infinite: inf - inf and 0 * inf would be NaN.
+    largest = math.inf if finite else torch.finfo(d.dtype).max
     if base == "k1":
         kl = -d
     elif base == "k2":
-        kl = 0.5 * d.clamp(-largest, largest).square()
+        kl = 0.5 * _clamp(d, -largest, largest).square()
     elif base == "abs":
         kl = d.abs()
     else:
-        d = d.clamp(bounds.low, min(bounds.high, largest))
+        d = _clamp(d, bounds.low, min(bounds.high, largest))
         kl = torch.exp(d) - d - 1
-    return kl if bounds.value == math.inf else kl.clamp(-bounds.value, bounds.value)
+    return _clamp(kl, -bounds.value, bounds.value)
+
+
+def _clamp(x: Tensor, low: float, high: float) -> Tensor:
+    return x if low == -math.inf and high == math.inf else x.clamp(low, high)
 
 
 @dataclass

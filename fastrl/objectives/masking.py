@@ -1,6 +1,8 @@
-"""Values inside a mask, without reading the others."""
+"""Values inside a mask, without a trace of the others."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -9,9 +11,29 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def inside(x: Tensor, mask: Tensor) -> Tensor:
-    """`torch.where(mask, x, 0)` for a bool mask and an x that broadcasts to its shape, with no gradient.
+    """`torch.where(mask, x, 0)` for a bool mask and an x that broadcasts to its shape; differentiable.
 
-    The bits of both, and one new tensor: `where` does not vectorise its load of bools on a CPU and takes twice as long.
+    `where` does not vectorise its load of bools on a CPU and takes two to four times as long as a product with the
+    mask: with x's bits as integers, or where a gradient is asked for and x is known to be finite with x itself.
     """
-    bits = _INTEGERS[x.element_size()]
-    return mask.view(torch.uint8).to(bits).neg_().bitwise_and_(x.detach().view(bits)).view(x.dtype)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return (x.detach().view(_INTEGERS[x.element_size()]) * mask).view(x.dtype)
+    return x * as_numbers(mask, x.dtype) if known_finite(x) else torch.where(mask, x, 0.0)
+
+
+def as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """`mask.to(dtype)` for a bool mask: on a CPU it is vectorised from bytes, and from bools it is not."""
+    return mask.view(torch.uint8).to(dtype)
+
+
+def weighted_sum(x: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    """`(weights * inside(x, mask)).sum()` for weights that are 0 outside the mask."""
+    total = (weights * x).sum()
+    return total if known_finite(total) else (weights * torch.where(mask, x, 0.0)).sum()
+
+
+def known_finite(x: Tensor) -> bool:
+    """Whether x is on the host, where a look at it costs next to nothing, and holds no NaN or infinity."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return math.isfinite(x.detach().sum().item())

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .masking import as_numbers, inside
+
 
 class Sequences(ABC):
     """Rows of a padded `(B, T)` batch, or runs of a packed `(N,)` one.
@@ -54,11 +56,11 @@ class Sequences(ABC):
 
     def counts(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
         """`(B,)`: tokens of the mask in each sequence, in a floating dtype."""
-        return self.sum(mask.to(dtype))
+        return self.sum(as_numbers(mask, dtype))
 
     def mean(self, x: Tensor, mask: Tensor) -> Tensor:
         """`(B,)`: mean over the tokens of the mask, 0 where there is none. x is not read elsewhere."""
-        return self.sum(torch.where(mask, x, 0.0)) / self.counts(mask, x.dtype).clamp(min=1)
+        return self.sum(inside(x, mask)) / self.counts(mask, x.dtype).clamp(min=1)
 
     def last_token(self, mask: Tensor) -> Tensor:
         """The mask with only the last of its tokens left in each sequence."""
@@ -68,7 +70,7 @@ class Sequences(ABC):
 
     def last(self, x: Tensor, mask: Tensor) -> Tensor:
         """`(B,)`: value at the last token of the mask, 0 where there is none."""
-        return self.sum(torch.where(self.last_token(mask), x, 0.0))
+        return self.sum(inside(x, self.last_token(mask)))
 
     def max(self, x: Tensor, mask: Tensor) -> Tensor:
         """`(B,)`: largest value over the tokens of the mask, 0 where there is none; detached."""

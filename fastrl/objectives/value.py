@@ -11,6 +11,7 @@ from fastrl_kernels import validation
 from fastrl_kernels.head import accumulation_dtype
 
 from .aggregation import aggregation_weights
+from .masking import inside
 from .score_head import row_scores
 from .sequences import sequences_of
 
@@ -69,7 +70,7 @@ def value_loss(
     """
     validation.check_floating("values", values)
     sequences = sequences_of(values, cu_seqlens, "values")
-    inside = _inside(mask, values)
+    checked = _checked_mask(mask, values)
     if cliprange_value is not None and not cliprange_value >= 0:
         raise ValueError(f"cliprange_value: expected None or a number of at least 0, got {cliprange_value!r}")
     if cliprange_value is not None and old_values is None:
@@ -79,24 +80,32 @@ def value_loss(
     def clean(name: str, x: Tensor) -> Tensor:
         validation.check_shape(name, x, tuple(values.shape), "one per token, as values")
         validation.check_device(name, x, values.device)
-        return torch.where(inside, x.to(dtype), 0.0)
+        return inside(x.to(dtype), checked)
 
     values, returns = clean("values", values), clean("returns", returns.detach())
-    squares = (values - returns).square()
-    clipped = squares
-    if cliprange_value is not None and old_values is not None:
-        old = clean("old_values", old_values.detach())
-        clipped = (torch.clamp(values, old - cliprange_value, old + cliprange_value) - returns).square()
+    errors = values - returns
+    squares = errors.square()
     weights = aggregation_weights(
-        aggregation, inside, sequences, normalizer=normalizer, length=length, eps=eps, dtype=dtype
+        aggregation, checked, sequences, normalizer=normalizer, length=length, eps=eps, dtype=dtype
     )
-    loss = 0.5 * (weights * torch.max(squares, clipped)).sum()
-    count = inside.sum().clamp(min=1)
+    clipped = torch.zeros_like(checked)
+    at_bound = weights.new_zeros(())  # the part of the loss that the clip makes constant
+    if cliprange_value is not None and old_values is not None:
+        old, now = clean("old_values", old_values.detach()), values.detach()
+        held = now.clamp(old - cliprange_value, old + cliprange_value)
+        held_squares = (held - returns).square()
+        clipped = held_squares > squares
+        tied = (held_squares == squares) & (held != now)
+        free = inside(weights, ~clipped).sub_(inside(weights, tied), alpha=0.5)  # the gradient of max at a tie
+        at_bound = ((weights - free) * inside(held_squares, clipped | tied)).sum()
+        weights = free
+    loss = 0.5 * ((weights * squares).sum() + at_bound)
+    count = checked.sum().clamp(min=1)
     metrics = {
         "vf_loss": loss.detach(),
-        "vf_clipfrac": (clipped > squares).sum().to(dtype) / count,
+        "vf_clipfrac": clipped.sum().to(dtype) / count,
         "vpred_mean": values.detach().sum() / count,
-        "vf_explained_var": explained_variance(values, returns, mask=inside),
+        "vf_explained_var": _explained_variance(errors.detach(), returns, checked),
     }
     return ValueOutput(loss, values.detach(), metrics)
 
@@ -133,12 +142,12 @@ def linear_value_loss(
     sequences_of(tokens, cu_seqlens, "hidden without D")
     if weight.ndim != 2 or weight.shape[0] != 1:
         raise ValueError(f"weight: expected a value head of shape (1, D), got {tuple(weight.shape)}")
-    inside = _inside(mask, tokens)
-    rows = inside.reshape(-1).nonzero().squeeze(-1)
+    checked = _checked_mask(mask, tokens)
+    rows = checked.reshape(-1).nonzero().squeeze(-1)
     scores = row_scores(hidden, weight, bias, rows).squeeze(-1)
-    values = scores.new_zeros(inside.numel()).index_copy(0, rows, scores).view(inside.shape)
+    values = scores.new_zeros(checked.numel()).index_copy(0, rows, scores).view(checked.shape)
     return value_loss(
-        values, returns, mask=inside, old_values=old_values, cliprange_value=cliprange_value, aggregation=aggregation,
+        values, returns, mask=checked, old_values=old_values, cliprange_value=cliprange_value, aggregation=aggregation,
         normalizer=normalizer, length=length, eps=eps, cu_seqlens=cu_seqlens,
     )  # fmt: skip
 
@@ -156,19 +165,23 @@ def explained_variance(
     1: the critic explains the returns; 0: no better than their mean; below: worse than that. Semantics of verl 0.9
     (`critic/vf_explained_var`: unbiased variances, eps 1e-5). NaN where fewer than two tokens count.
     """
-    inside = _inside(mask, values)
-    count = inside.sum()
+    checked = _checked_mask(mask, values)
+    values, returns = (inside(x.detach(), checked) for x in (values, returns))
+    return _explained_variance(values - returns, returns, checked, eps)
+
+
+def _explained_variance(errors: Tensor, returns: Tensor, mask: Tensor, eps: float = 1e-5) -> Tensor:
+    """Both 0 outside the mask."""
+    count = mask.sum()
 
     def variance(x: Tensor) -> Tensor:
-        x = torch.where(inside, x, 0.0)
-        deviations = torch.where(inside, x - x.sum() / count, 0.0)
-        return deviations.square().sum() / (count - 1)
+        return inside(x - x.sum() / count, mask).square().sum() / (count - 1)
 
-    explained = 1 - variance(returns - values) / (variance(returns) + eps)
+    explained = 1 - variance(errors) / (variance(returns) + eps)
     return torch.where(count > 1, explained, torch.nan)
 
 
-def _inside(mask: Tensor, tokens: Tensor) -> Tensor:
+def _checked_mask(mask: Tensor, tokens: Tensor) -> Tensor:
     """The mask as booleans."""
     checked = validation.check_mask(mask, tuple(tokens.shape), tokens.device)
     if checked is None:

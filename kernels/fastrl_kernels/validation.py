@@ -37,7 +37,7 @@ def check_mask(mask: Tensor | None, shape: tuple[int, ...], device: torch.device
         return None
     check_shape("mask", mask, shape, "one entry per token")
     check_device("mask", mask, device)
-    return mask if mask.dtype == torch.bool else mask != 0
+    return mask.bool()
 
 
 def check_weight(weight: Tensor, bias: Tensor | None, hidden: Tensor, prefix: str = "") -> None:
