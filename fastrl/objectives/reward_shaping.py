@@ -209,7 +209,7 @@ def pf_ppo_weights(scores: Tensor, *, method: str = "pow", weight_pow: float = 2
     Use it where a learned reward model is least sure of middling answers; not for rewards that are verified.
 
     Args:
-        scores: `(B,)`, the total reward of each completion. A NaN or infinite one gets weight 0 (verl's draw fails).
+        scores: `(B,)`, the total reward of each completion. A NaN or infinite one gets weight 0.
         method: one of the above.
         weight_pow: exponent of pow, at least 0.
 
