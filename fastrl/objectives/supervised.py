@@ -106,6 +106,7 @@ def linear_sft_loss(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    entropy: bool = False,
     tp_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
     memory_budget: int | None = None,
@@ -122,6 +123,7 @@ def linear_sft_loss(
         hidden: `(B, T, D)`, or `(N, D)` with cu_seqlens: `hidden[..., t, :]` scores `ids[..., t]` (nothing is shifted).
         weight, ids, bias, temperature, logit_scale, softcap, tp_group, backend, memory_budget, capturable, explain:
             see `linear_logprobs`.
+        entropy: a metric too, the mean over this batch's tokens, in nats; it has no part in the loss.
         The rest: see `sft_loss`.
 
     Returns:
@@ -137,11 +139,13 @@ def linear_sft_loss(
     over = {"aggregation": aggregation, "normalizer": normalizer, "length": length, "eps": eps}
     if name == "reference":
         stats = linear_logprobs(
-            hidden, weight, ids, mask=mask, tp_group=tp_group, backend=name, **head, **run,  # type: ignore[arg-type]
+            hidden, weight, ids, mask=mask, entropy=entropy, tp_group=tp_group, backend=name,
+            **head, **run,  # type: ignore[arg-type]
         )  # fmt: skip
-        return sft_loss(
+        out = sft_loss(
             stats.logps, mask=mask, loss_type=loss_type, cu_seqlens=cu_seqlens, **over  # type: ignore[arg-type]
         )  # fmt: skip
+        return out if stats.entropy is None else _with_entropy(out, stats.entropy)
     validation.check_weight(weight, bias, hidden)
     validation.check_ids(ids, tuple(hidden.shape[:-1]), hidden.device)
     validation.check_run(memory_budget, 0.0, capturable)
@@ -156,14 +160,15 @@ def linear_sft_loss(
     needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     transform = LogitTransform(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
     states, rows = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1).to(torch.int64)
-    loss, logps, *_ = ops.linear_policy_loss(
+    loss, logps, entropies, *_ = ops.linear_policy_loss(
         states, weight, bias, rows, inside.reshape(-1), None, weights, None, weights, None, None, None,
-        _HANDLES[loss_type], False,
+        _HANDLES[loss_type], entropy,
         *needs, 0.0, transform.temperature, transform.logit_scale, transform.softcap, name,
         "" if tp_group is None else tp_group.group_name, *run.values(),
     )  # fmt: skip
     ops.give_up_gradients(loss)
-    return _output(loss, logps.view(ids.shape).detach(), inside)
+    out = _output(loss, logps.view(ids.shape).detach(), inside)
+    return _with_entropy(out, entropies) if entropy else out
 
 
 def _check_loss_type(loss_type: str) -> None:
@@ -174,3 +179,8 @@ def _check_loss_type(loss_type: str) -> None:
 def _output(loss: Tensor, logps: Tensor, inside: Tensor) -> LossOutput:
     count = inside.sum()
     return LossOutput(loss, logps, {"nll": -logps.sum() / count.clamp(min=1), "num_tokens": count})
+
+
+def _with_entropy(out: LossOutput, entropies: Tensor) -> LossOutput:
+    mean = entropies.detach().sum() / out.metrics["num_tokens"].clamp(min=1)
+    return out._replace(metrics={**out.metrics, "entropy": mean})

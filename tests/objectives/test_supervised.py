@@ -114,6 +114,21 @@ def test_fused_equals_composed(aggregation: str, dtype: torch.dtype) -> None:
                 assert_as_accurate(o, p, t, f"{what} of {aggregation}, {options}")
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_entropy_is_a_metric_without_a_part_in_the_loss(backend: str) -> None:
+    hidden, weight = torch.randn(B, T, D, dtype=F64, requires_grad=True), torch.randn(V, D, dtype=F64)
+    ids, mask = torch.randint(V, (B, T)), MASK.bool()
+    plain = linear_sft_loss(hidden, weight, ids, mask=mask, backend=backend)
+    out = linear_sft_loss(hidden, weight, ids, mask=mask, backend=backend, entropy=True)
+    assert "entropy" not in plain.metrics and torch.equal(out.loss, plain.loss)
+    logps = F.linear(hidden, weight).log_softmax(-1)
+    close(out.metrics["entropy"], -(logps.exp() * logps).sum(-1)[mask].mean())
+    (grad,), (want,) = (torch.autograd.grad(o.loss, [hidden]) for o in (out, plain))
+    assert torch.equal(grad, want)
+    nothing = linear_sft_loss(hidden, weight, ids, mask=torch.zeros_like(mask), backend=backend, entropy=True)
+    assert nothing.metrics["entropy"] == 0
+
+
 def test_one_pass_over_the_rows_of_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     d = data()
     want = results(d, False)
