@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 from datasets import IterableDataset as StreamedDataset
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 class Example(NamedTuple):
@@ -99,7 +102,10 @@ def tokenize_prompts(
     prompts = [example.row["prompt"] for example in examples]
     if kinds[0]:
         if tokenizer.chat_template is None:
-            raise ValueError(f"{name}: the prompts are conversations, but the tokenizer has no chat template")
+            raise ValueError(
+                f"{name}: the prompts are conversations, but the tokenizer has no chat template: set "
+                "tokenizer.chat_template, or give the prompts as strings"
+            )
         ids: Any = tokenizer.apply_chat_template(
             [list(prompt) for prompt in prompts],
             add_generation_prompt=True,
@@ -116,9 +122,20 @@ def tokenize_prompts(
         if context_length is not None and len(prompt) >= context_length:
             raise ValueError(
                 f"{name}: the prompt of row {example.position} has {len(prompt)} tokens, which leaves no room for a "
-                f"completion in the model's context of {context_length}"
+                f"completion in the model's context of {context_length}: shorten it, or leave the row out"
             )
     return [list(prompt) for prompt in ids], kinds[0]
+
+
+def completion_room(prompt_ids: Sequence[Sequence[int]], max_tokens: int, context_length: int | None) -> int:
+    """Tokens that the completions of a batch of prompts may have: `max_tokens`, or what the model's context leaves."""
+    room = max_tokens if context_length is None else context_length - max(map(len, prompt_ids), default=0)
+    if room < max_tokens:
+        logger.warning_once(
+            f"A prompt leaves {room} tokens of the model's context, fewer than max_completion_length ({max_tokens}): "
+            "the completions of its batch are cut there."
+        )
+    return min(room, max_tokens)
 
 
 def decode_completions(
