@@ -304,7 +304,9 @@ def _run_in_this_process(settings_file: Path) -> None:
     settings = json.loads(settings_file.read_text())
     torch.set_num_threads(settings["threads"])
     device = torch.device(settings["device"])
-    batches = from_named_tensors(load_file(Path(settings["folder"]) / "rollouts.safetensors", device=str(device)))
+    batches = from_named_tensors(
+        Rollouts, load_file(Path(settings["folder"]) / "rollouts.safetensors", device=str(device))
+    )
     first_group = batches[0].select(torch.arange(len(batches[0]), device=device) < GROUP)
     arguments = settings["arguments"]
     theirs = arguments.pop("trl", False)
@@ -379,7 +381,8 @@ def _our_trainer(stored: Callable[[], Rollouts], arguments: dict[str, Any], **kw
     from fastrl.trainers import GRPOConfig, GRPOTrainer
 
     trainer = GRPOTrainer(args=GRPOConfig(**arguments), **kwargs)
-    trainer.collector.collect = lambda *args, **kwargs: stored()  # type: ignore[method-assign]
+    trainer.collector.collect = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
+    trainer.make_rollouts = lambda *args, **kwargs: stored()  # type: ignore[method-assign]
     return trainer
 
 

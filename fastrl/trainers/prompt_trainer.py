@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 from fastrl.trainers.checkpointing import ResumableTrainer
-from fastrl.trainers.grpo_config import GRPOConfig
+from fastrl.trainers.online_config import OnlineConfig
 from fastrl.trainers.prompts import PromptDataset
 from fastrl.trainers.sampler import RepeatSampler
 
@@ -16,10 +16,10 @@ from fastrl.trainers.sampler import RepeatSampler
 class PromptTrainer(ResumableTrainer):
     """Loads prompts for online methods; which prompts a step sees depends on the seed and on its number only."""
 
-    args: GRPOConfig
+    args: OnlineConfig
     model: Any
 
-    def __init__(self, *, train_dataset: Any, eval_dataset: Any, args: GRPOConfig, **kwargs: Any) -> None:
+    def __init__(self, *, train_dataset: Any, eval_dataset: Any, args: OnlineConfig, **kwargs: Any) -> None:
         super().__init__(
             args=args,
             train_dataset=train_dataset,

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 from fastrl.trainers.token_batch import TokenBatch
+
+Batch = TypeVar("Batch", bound=TokenBatch)
 
 
 @dataclass(frozen=True)
@@ -18,15 +21,15 @@ class Rollouts(TokenBatch):
     sampling_logps: Tensor | None = None  # (B, T); None: the engine does not tell
 
 
-def named_tensors(parts: Sequence[Rollouts]) -> dict[str, Tensor]:
+def named_tensors(parts: Sequence[TokenBatch]) -> dict[str, Tensor]:
     """Several batches as one flat dict, for a safetensors file."""
     return {f"{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.tensors().items()}
 
 
-def from_named_tensors(tensors: dict[str, Tensor]) -> list[Rollouts]:
-    """What `named_tensors` was given."""
+def from_named_tensors(kind: type[Batch], tensors: dict[str, Tensor]) -> list[Batch]:
+    """What `named_tensors` was given, batches of one kind."""
     parts: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         part, field = name.split(".", 1)
         parts.setdefault(int(part), {})[field] = tensor
-    return [Rollouts(**parts[i]) for i in sorted(parts)]
+    return [kind(**parts[i]) for i in sorted(parts)]

@@ -6,7 +6,7 @@ LM head sees only the hidden states that score a completion's token."""
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,13 @@ from fastrl.objectives import LossOutput, PolicyObjective, linear_policy_loss
 from fastrl.trainers.micro_batches import MicroBatch
 from fastrl.trainers.packing import Packer, Pass
 from fastrl.trainers.rollouts import Rollouts
+from fastrl.trainers.token_batch import TokenBatch
 from fastrl_kernels import linear_logprobs
 
 
 @torch.no_grad()
 def completion_logps(
-    model: nn.Module, rollouts: Rollouts, packer: Packer, *, temperature: float, backend: str | None = None
+    model: nn.Module, rollouts: TokenBatch, packer: Packer, *, temperature: float, backend: str | None = None
 ) -> Tensor:
     """Log-probabilities (B, T) of the completions' tokens, 0 where masked, fp32. Dropout is off.
 
@@ -32,7 +33,7 @@ def completion_logps(
     with _eval_mode(model):
         for part in packer.passes(rollouts.select(rows)) if len(rows) else ():
 
-            def score(hidden: Tensor, head: LMHead, part: Pass[Rollouts] = part) -> Tensor:
+            def score(hidden: Tensor, head: LMHead, part: Pass[TokenBatch] = part) -> Tensor:
                 return linear_logprobs(
                     part.select(hidden),
                     head.weight,
@@ -50,27 +51,10 @@ def completion_logps(
     return logps
 
 
-class PolicyPass(NamedTuple):
-    """A pass of a micro-batch, with what its loss is divided by."""
-
-    layout: Pass[Rollouts]
-    normalizer: float
-    entropy_normalizer: float | None
-
-
-def policy_passes(batch: MicroBatch, packer: Packer, objective: PolicyObjective) -> list[PolicyPass]:
-    """The passes of a micro-batch, whose losses add up to its loss.
-
-    A top-entropy quantile ranks the tokens of the whole micro-batch, so with one there is a single pass.
-    """
-    together = objective.top_entropy_quantile < 1
-    layouts = packer.passes(batch.rollouts, together=together)
-    return [PolicyPass(layout, batch.normalizer, batch.entropy_normalizer) for layout in layouts]
-
-
 def policy_loss(
     model: nn.Module,
-    part: PolicyPass,
+    part: Pass[Rollouts],
+    batch: MicroBatch[Rollouts],
     objective: PolicyObjective,
     *,
     temperature: float,
@@ -78,13 +62,14 @@ def policy_loss(
     backend: str | None = None,
     grad_tolerance: float = 0.0,
 ) -> LossOutput:
-    """The policy loss of a pass, computed inside the model's forward: the sum over its tokens of the eager loss,
-    divided by the normalizer."""
-    rollouts = part.layout.batch
+    """The policy loss of a micro-batch's pass, computed inside the model's forward: the sum over its tokens of the
+    eager loss, divided by what the micro-batch says."""
+    rollouts = part.batch
+    bonus = objective.entropy_coef != 0 and objective.top_entropy_quantile == 1
 
     def loss(hidden: Tensor, head: LMHead) -> LossOutput:
         return linear_policy_loss(
-            part.layout.select(hidden),
+            part.select(hidden),
             head.weight,
             rollouts.completion_ids,
             objective,
@@ -93,8 +78,8 @@ def policy_loss(
             old_logps=rollouts.old_logps,
             ref_logps=rollouts.ref_logps,
             sampling_logps=rollouts.sampling_logps,
-            normalizer=part.normalizer,
-            entropy_normalizer=part.entropy_normalizer,
+            normalizer=batch.divisor(objective),
+            entropy_normalizer=max(batch.step_tokens, 1.0) if bonus else None,
             bias=head.bias,
             temperature=temperature,
             logit_scale=head.logit_scale,
@@ -104,47 +89,51 @@ def policy_loss(
             grad_tolerance=grad_tolerance,
         )
 
-    out: LossOutput = model(**part.layout.inputs, fastrl_head=loss)
+    out: LossOutput = model(**part.inputs, fastrl_head=loss)
     return out
 
 
-def merged_metrics(
-    parts: Sequence[tuple[Pass[Rollouts], dict[str, Tensor]]], batch: MicroBatch, objective: PolicyObjective
-) -> dict[str, Tensor]:
-    """The metrics of a micro-batch from those of its passes.
+PassMetrics = Sequence[tuple[Pass[Any], dict[str, Tensor]]]  # the passes of a micro-batch, with their metrics
+
+
+def token_means(parts: PassMetrics) -> dict[str, Tensor]:
+    """The metrics of a micro-batch from those of its passes: means over tokens; extremes where a name ends so."""
+    tokens = [int(part.batch.mask.sum()) for part, _ in parts]
+    names = parts[0][1] if parts else {}
+    return {name: _merged(name, [metrics[name] for _, metrics in parts], tokens) for name in names}
+
+
+def policy_metrics(parts: PassMetrics, batch: MicroBatch[Any], objective: PolicyObjective) -> dict[str, Tensor]:
+    """The same for a policy loss.
 
     The clip ratios are those of the whole micro-batch: a sequence that was left out has advantage 0 and is never
     clipped. The other means are over the sequences that ran.
     """
     by_sequence = objective.importance_sampling_level == "sequence"  # then shares of sequences, not of tokens
-    sequences = [len(part.batch) for part, _ in parts]
-    tokens = [int(part.batch.mask.sum()) for part, _ in parts]
-    merged = {}
-    for name in parts[0][1]:
-        values = torch.stack([metrics[name] for _, metrics in parts])
-        clip = name.startswith("clip_ratio/")
-        counts = sequences if clip and by_sequence else tokens
-        if name == "policy_loss":
-            merged[name] = values.sum()
-        elif name.endswith(("_min", "_max")):  # NaN: a pass with no token
-            known = values[~values.isnan()] if bool(values.isnan().any()) else values
-            merged[name] = values[0] if not len(known) else known.amin() if name.endswith("_min") else known.amax()
-        elif len(parts) == 1:
-            merged[name] = values[0]
-        else:
-            merged[name] = (values * values.new_tensor(counts)).sum() / max(sum(counts), 1)
-        if clip and name.endswith("_mean"):
-            merged[name] = merged[name] * (sum(counts) / max(batch.sequences if by_sequence else batch.tokens, 1))
-    if (sum(sequences) < batch.sequences) if by_sequence else (sum(tokens) < batch.tokens):
+    if not parts:  # without a token there are no extremes of tokens
+        extreme = 0.0 if batch.tokens or by_sequence else math.nan
+        clip = {"low_mean": 0.0, "high_mean": 0.0, "region_mean": 0.0, "low_min": extreme, "high_max": extreme}
+        return {f"clip_ratio/{name}": torch.tensor(value) for name, value in clip.items()}
+    merged = token_means(parts)
+    merged["policy_loss"] = torch.stack([metrics["policy_loss"] for _, metrics in parts]).sum()
+    counts = [len(part.batch) if by_sequence else int(part.batch.mask.sum()) for part, _ in parts]
+    everything = batch.sequences if by_sequence else batch.tokens
+    for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
+        mean = _merged(name, [metrics[name] for _, metrics in parts], counts)
+        merged[name] = mean * (sum(counts) / max(everything, 1))
+    if sum(counts) < everything:
         merged["clip_ratio/low_min"] = merged["clip_ratio/low_min"].clamp(max=0.0)
     return merged
 
 
-def no_clipping(batch: MicroBatch, objective: PolicyObjective) -> dict[str, float]:
-    """The clip ratios of a micro-batch in which nothing was live; without a token there are no extremes of tokens."""
-    extreme = 0.0 if batch.tokens or objective.importance_sampling_level == "sequence" else math.nan
-    means = dict.fromkeys(("low_mean", "high_mean", "region_mean"), 0.0)
-    return {f"clip_ratio/{name}": value for name, value in {**means, "low_min": extreme, "high_max": extreme}.items()}
+def _merged(name: str, of_passes: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    values = torch.stack(list(of_passes))
+    if name.endswith(("_min", "_max")):  # NaN: a pass with no token
+        known = values[~values.isnan()] if bool(values.isnan().any()) else values
+        return values[0] if not len(known) else known.amin() if name.endswith("_min") else known.amax()
+    if len(values) == 1:
+        return values[0]
+    return (values * values.new_tensor(counts)).sum() / max(sum(counts), 1)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastrl.trainers import GRPOConfig
-from fastrl.trainers.grpo_config import NOT_SUPPORTED_YET
+from fastrl.trainers.online_config import NOT_SUPPORTED_YET
 
 
 def config(tmp_path: Path, **settings: Any) -> GRPOConfig:

@@ -111,11 +111,11 @@ class GradientRecorder(TrainerCallback):
 def record_rollouts(trainer: GRPOTrainer) -> list[Rollouts]:
     """A list that every batch of rollouts is appended to as it is made, before it is shuffled and split."""
     made: list[Rollouts] = []
-    collect = trainer.collector.collect
+    make = trainer.make_rollouts
 
-    def collecting(*args: Any, **kwargs: Any) -> Rollouts:
-        made.append(collect(*args, **kwargs))
+    def making(*args: Any, **kwargs: Any) -> Rollouts:
+        made.append(make(*args, **kwargs))
         return made[-1]
 
-    trainer.collector.collect = collecting  # type: ignore[method-assign]
+    trainer.make_rollouts = making  # type: ignore[method-assign]
     return made
