@@ -1,15 +1,26 @@
 """Sampling with `model.generate`: left-padded, KV-cached, in eval mode and without activation checkpointing, with all
 of the model's state put back afterwards."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from fastrl.rollout.engine import Completions, SamplingParams
+from fastrl.integrations.transformers_models import innermost_causal_lm
+from fastrl.rollout.engine import Completions, SamplingParams, check_prompts
 
 
 class TransformersEngine:
@@ -20,6 +31,10 @@ class TransformersEngine:
         eos_token_ids: every token that ends a completion.
         pad_token_id: fills the left of shorter prompts; any id will do, it is masked.
         bos_token_id: passed to generate, if the model has one.
+        tokenizer: reads the completions' text; needed for `SamplingParams.stop` alone.
+        continuous_batching: entries of `transformers.ContinuousBatchingConfig`: completions leave the batch when they
+            end, through `model.generate_batch`. None: `model.generate`, whose batch stays whole until the longest
+            completion ends; see README.md in this folder for when which is faster.
 
     Never touches the global generation settings: `model.generation_config` is replaced for the call, because generate
     fills what a passed config leaves unset from it (a model shipped with top_k=20 would be sampled with it).
@@ -32,70 +47,208 @@ class TransformersEngine:
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         bos_token_id: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        continuous_batching: dict[str, Any] | None = None,
     ) -> None:
         self._model = model
         self.eos_token_ids = list(eos_token_ids)
         self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id
+        self.tokenizer = tokenizer
+        self.continuous_batching = continuous_batching
 
     @property
     def model(self) -> nn.Module:
         """The unwrapped model."""
         return self._model if isinstance(self._model, nn.Module) else self._model()
 
+    def shares_weights_with(self, model: nn.Module) -> bool:
+        """Whether generation runs on the very parameters of `model`."""
+        return innermost_causal_lm(self.model) is innermost_causal_lm(model)
+
+    @torch.no_grad()
     def sync_weights(self, model: nn.Module) -> None:
-        """Nothing to do: generation runs on the very parameters that are trained."""
+        """Nothing to do for the very model that is trained; a copy of it gets its weights.
+
+        Raises:
+            ValueError: the engine's model is not a copy of `model`: its parameters have other names.
+        """
+        if self.shares_weights_with(model):
+            return
+        own, new = (dict(innermost_causal_lm(m).named_parameters()) for m in (self.model, model))
+        if own.keys() != new.keys():
+            raise ValueError(
+                f"model: expected the parameters of the engine's copy; {sorted(own.keys() ^ new.keys())[:3]}"
+            )
+        for name, parameter in own.items():
+            parameter.copy_(new[name])
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], num_generations: int, sampling: SamplingParams
     ) -> Completions:
-        """See `RolloutEngine.generate`. `engine_kwargs` are entries of `transformers.GenerationConfig`.
+        """See `RolloutEngine.generate`. `engine_kwargs` are entries of `transformers.GenerationConfig`. A seed leaves
+        torch's random state as it was; without one it moves on.
 
         Raises:
-            ValueError: a prompt without tokens, or a config entry that GenerationConfig does not know.
+            ValueError: a prompt without tokens, a config entry that GenerationConfig does not know, or stop strings
+                without a tokenizer or with continuous batching.
+            RuntimeError: continuous batching failed on a prompt.
         """
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError("stop: finding stop strings takes the tokenizer, TransformersEngine(..., tokenizer=...)")
         if not prompt_ids:
-            return Completions([])
+            return Completions([], [] if sampling.logps else None, [])
+        check_prompts(prompt_ids)
         rows = [list(ids) for ids in prompt_ids for _ in range(num_generations)]
-        empty = next((i for i, ids in enumerate(prompt_ids) if not len(ids)), None)
-        if empty is not None:
-            raise ValueError(f"prompt_ids[{empty}]: expected at least one token, got none")
-        width = max(map(len, rows))
         model = self.model
+        config = self._generation_config(sampling)
+        with torch.no_grad(), _generation_mode(model, config), _seeded(sampling.seed, model):
+            if self.continuous_batching is not None:
+                return self._generate_batch(model, rows, config, sampling)
+            return self._generate(model, rows, config, sampling)
+
+    def _generate(
+        self, model: nn.Module, rows: list[list[int]], config: GenerationConfig, sampling: SamplingParams
+    ) -> Completions:
+        width = max(map(len, rows))
         device = next(model.parameters()).device
         input_ids = torch.tensor([[self.pad_token_id] * (width - len(ids)) + ids for ids in rows], device=device)
         attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows], device=device)
-        config = self._generation_config(sampling)
-        with torch.no_grad(), _generation_mode(model, config):
+        stops = _StopStrings(width, sampling.stop, self.tokenizer)
+        with _recorded_logps(model) if sampling.logps else nullcontext() as recorder:
             output = model.generate(  # type: ignore[operator]
-                input_ids=input_ids, attention_mask=attention_mask, generation_config=config
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([stops] if sampling.stop else []),
             )
-        return Completions([self._until_eos(ids) for ids in output[:, width:].tolist()])
+        ids = output[:, width:]
+        logps = None if recorder is None else recorder.logps(ids).tolist()
+        return self._cut(ids.tolist(), logps, stops.lengths)
+
+    def _generate_batch(
+        self, model: nn.Module, rows: list[list[int]], config: GenerationConfig, sampling: SamplingParams
+    ) -> Completions:
+        if sampling.stop:
+            raise ValueError("stop: stop strings do not work with continuous batching, which looks at ids alone")
+        settings = {**(self.continuous_batching or {}), "return_logprobs": sampling.logps}
+        # Left alone it draws a seed that torch's random state does not determine.
+        settings.setdefault("seed", int(torch.randint(2**31, ())))
+        outputs = innermost_causal_lm(model).generate_batch(  # type: ignore[operator]
+            rows,
+            generation_config=config,
+            continuous_batching_config=ContinuousBatchingConfig(**settings),
+            warmup=False,
+        )
+        failed = [output.error for output in outputs.values() if output.error is not None]
+        if failed or len(outputs) != len(rows):
+            raise RuntimeError(f"continuous batching gave {len(outputs)} of {len(rows)} completions; {failed[:1]}")
+        logps = [list(output.logprobs) for output in outputs.values()] if sampling.logps else None
+        return self._cut([list(output.generated_tokens) for output in outputs.values()], logps, {})
+
+    def _cut(self, rows: list[list[int]], logps: list[list[float]] | None, stops: dict[int, int]) -> Completions:
+        """Completions without what was sampled after their end; `stops` says where a stop string ended a row."""
+        ends = [self._end(ids, stops.get(row)) for row, ids in enumerate(rows)]
+        return Completions(
+            [ids[:end] for ids, end in zip(rows, ends, strict=True)],
+            None if logps is None else [row[:end] for row, end in zip(logps, ends, strict=True)],
+            ["length" if end is None else "stop" for end in ends],
+        )
+
+    def _end(self, ids: list[int], stop: int | None) -> int | None:
+        eos = next((i + 1 for i, token in enumerate(ids) if token in self.eos_token_ids), None)
+        ends = [end for end in (eos, stop) if end is not None]
+        return min(ends, default=None)
 
     def _generation_config(self, sampling: SamplingParams) -> GenerationConfig:
         settings: dict[str, Any] = {
             "max_new_tokens": sampling.max_tokens,
-            "do_sample": True,
+            "do_sample": sampling.temperature > 0,
             "use_cache": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
             "repetition_penalty": sampling.repetition_penalty,
             "pad_token_id": self.pad_token_id,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_ids or None,
-            **sampling.engine_kwargs,
         }
+        if sampling.temperature > 0:
+            names = ("temperature", "top_p", "top_k", "min_p")
+            settings |= {name: getattr(sampling, name) for name in names}
+        settings |= sampling.engine_kwargs
         known = GenerationConfig().to_dict().keys() | {"cache_implementation"}
         unknown = sorted(settings.keys() - known)
         if unknown:
             raise ValueError(f"generation_kwargs: transformers.GenerationConfig has no entry {', '.join(unknown)}")
         return GenerationConfig(**settings, disable_compile=True)
 
-    def _until_eos(self, ids: list[int]) -> list[int]:
-        end = next((i for i, token in enumerate(ids) if token in self.eos_token_ids), len(ids) - 1)
-        return ids[: end + 1]
+
+class _StopStrings(StoppingCriteria):
+    """Ends the rows whose new text holds a stop string, and keeps at how many tokens each of them ended."""
+
+    def __init__(self, width: int, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.width, self.stop, self.tokenizer = width, stop, tokenizer
+        # A token is at least one byte; one more, because the first token of a piece may lose its leading blank.
+        self.tail = 1 + max((len(text.encode()) for text in stop), default=0)
+        self.lengths: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        tails = input_ids[:, max(self.width, input_ids.shape[1] - self.tail) :]
+        texts = self.tokenizer.batch_decode(tails, clean_up_tokenization_spaces=False)  # type: ignore[union-attr]
+        for row, text in enumerate(texts):
+            if any(stop in text for stop in self.stop):
+                self.lengths.setdefault(row, input_ids.shape[1] - self.width)
+        return torch.tensor([row in self.lengths for row in range(len(texts))], device=input_ids.device)
+
+
+class _SampledLogps(LogitsProcessor):
+    """Log-probabilities of the sampled tokens: a step's scores are kept until the next step shows what was taken."""
+
+    def __init__(self) -> None:
+        self.columns: list[Tensor] = []
+        self.scores: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._take(input_ids[:, -1])
+        self.scores = scores
+        return scores
+
+    def _take(self, ids: Tensor) -> None:
+        if self.scores is not None:
+            taken = self.scores.gather(-1, ids[:, None]).squeeze(-1)
+            self.columns.append(taken - self.scores.logsumexp(-1))
+
+    def logps(self, ids: Tensor) -> Tensor:
+        """(B, T) for the new tokens that generate returned."""
+        if len(self.columns) < ids.shape[1]:
+            self._take(ids[:, -1])
+        return torch.stack(self.columns[: ids.shape[1]], dim=-1)
+
+
+@contextmanager
+def _recorded_logps(model: nn.Module) -> Iterator[_SampledLogps]:
+    # A processor passed to generate would run before temperature, top-k and the like.
+    recorder = _SampledLogps()
+    causal_lm = innermost_causal_lm(model)
+    make = causal_lm._get_logits_processor
+
+    def with_recorder(*args: Any, **kwargs: Any) -> Any:
+        processors = make(*args, **kwargs)  # type: ignore[operator]
+        processors.append(recorder)
+        return processors
+
+    causal_lm.__dict__["_get_logits_processor"] = with_recorder
+    try:
+        yield recorder
+    finally:
+        del causal_lm.__dict__["_get_logits_processor"]
+
+
+@contextmanager
+def _seeded(seed: int | None, model: nn.Module) -> Iterator[None]:
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -1,0 +1,140 @@
+"""Sampling by a server: see `fastrl.rollout.server` for the protocol, `fastrl.rollout.vllm_server` to start one."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fastrl.rollout.engine import Completions, SamplingParams, check_prompts
+from fastrl.rollout.policy_weights import policy_weights
+
+START = "start one with `python -m fastrl.rollout.vllm_server --model MODEL`"
+
+
+class RolloutServerError(RuntimeError):
+    """The server is not there, did not answer in time, or failed; the message says which."""
+
+
+class VLLMClientEngine:
+    """A `RolloutEngine` that asks a server, `python -m fastrl.rollout.vllm_server`. Needs no vLLM here.
+
+    Args:
+        url: of the server, "http://127.0.0.1:8000".
+        timeout: seconds to wait for the server to be up.
+        request_timeout: seconds that one `generate` or `sync_weights` may take; None: any time.
+        bucket_bytes: weights are sent in pieces of about this size.
+
+    With several training processes each sends its own prompts; the weights are sent by process 0, and the others wait.
+
+    Attributes:
+        version: the number of weight updates the server had seen when it sampled the last completions.
+
+    Raises:
+        RolloutServerError: no server answers at `url` within `timeout`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 240.0,
+        request_timeout: float | None = 3600.0,
+        bucket_bytes: int = 256 * 2**20,
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or parts.hostname is None:
+            raise ValueError(f"url: expected http://HOST:PORT, got {url!r}")
+        self.url = url
+        self._address = (parts.hostname, parts.port or 80)
+        self.request_timeout = request_timeout
+        self.bucket_bytes = bucket_bytes
+        self._wait_for_server(timeout)
+
+    def _wait_for_server(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self.version: int = self._ask("GET", "/health", timeout=min(timeout, 10.0))["version"]
+                return
+            except RolloutServerError as error:
+                if time.monotonic() >= deadline:
+                    raise RolloutServerError(f"{error} (waited {timeout:g} s); {START}") from error
+            time.sleep(min(1.0, timeout / 10))
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], num_generations: int, sampling: SamplingParams
+    ) -> Completions:
+        """See `RolloutEngine.generate`; `engine_kwargs` are those of the server's engine, and JSON.
+
+        Raises:
+            ValueError: a prompt without tokens. RolloutServerError: the server is gone, too slow, or refuses.
+        """
+        check_prompts(prompt_ids)
+        asked = {
+            "prompt_ids": [list(map(int, ids)) for ids in prompt_ids],
+            "num_generations": num_generations,
+            "sampling": dataclasses.asdict(sampling),
+        }
+        answer = self._ask("POST", "/generate", json.dumps(asked).encode())
+        self.version = answer.pop("version")
+        return Completions(**answer)
+
+    def sync_weights(self, model: nn.Module) -> None:
+        """Sends the weights of `model`, adapters merged, as their checkpoint has them.
+
+        Raises:
+            RolloutServerError: the server is gone, too slow, or cannot load them.
+        """
+        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        weights = policy_weights(model)
+        if not several or torch.distributed.get_rank() == 0:
+            self._ask("POST", "/weights", _buckets(weights, self.bucket_bytes))
+        else:
+            for _ in weights:  # gathering a shard takes every process
+                pass
+        if several:
+            torch.distributed.barrier()
+
+    def _ask(self, method: str, path: str, body: bytes | Iterable[bytes] | None = None, timeout: Any = ...) -> Any:
+        connection = http.client.HTTPConnection(
+            *self._address, timeout=self.request_timeout if timeout is ... else timeout
+        )
+        streamed = body is not None and not isinstance(body, bytes)
+        headers = {"Transfer-Encoding": "chunked"} if streamed else {}
+        try:
+            connection.request(method, path, body, headers, encode_chunked=streamed)
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+        except TimeoutError as error:
+            raise RolloutServerError(f"the server at {self.url} did not answer {path} in time") from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise RolloutServerError(f"no server to be reached at {self.url} for {path} ({reason})") from error
+        except json.JSONDecodeError as error:
+            raise RolloutServerError(f"what answers at {self.url} is not a fastrl rollout server") from error
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise RolloutServerError(f"the server at {self.url} refused {path}: {answer.get('error', answer)}")
+        return answer
+
+
+def _buckets(weights: Iterable[tuple[str, Tensor]], size: int) -> Iterator[bytes]:
+    bucket: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in weights:
+        if bucket and held + tensor.nbytes > size:
+            yield safetensors.torch.save(bucket)
+            bucket, held = {}, 0
+        bucket[name] = tensor.cpu().contiguous()
+        held += tensor.nbytes
+    yield safetensors.torch.save(bucket)
