@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastrl.cli import bench, doctor, grpo
+from fastrl.cli import bench, doctor, grpo, plot
 from fastrl.cli.errors import UserError
 
 
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(takes_overrides=False)
     commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
     grpo.add_parser(commands)
+    plot.add_parser(commands)
     bench.add_parser(commands)
     doctor.add_parser(commands)
     return parser

@@ -125,6 +125,21 @@ def answers_table(prompts: Sequence[Any], before: Answers, after: Answers, *, sh
     return "\n".join(lines)
 
 
+def answers_json(prompts: Sequence[Any], before: Answers, after: Answers) -> dict[str, list[Any]]:
+    """Columns for a file; None: no reward."""
+
+    def numbers(rewards: Sequence[float]) -> list[float | None]:
+        return [None if math.isnan(reward) else reward for reward in rewards]
+
+    return {
+        "prompts": list(prompts),
+        "before": before.texts,
+        "rewards_before": numbers(before.rewards),
+        "after": after.texts,
+        "rewards_after": numbers(after.rewards),
+    }
+
+
 def _cell(text: str, limit: int = 100) -> str:
     line = " ".join(text.split()).replace("|", "\\|")
     return line if len(line) <= limit else line[: limit - 1] + "…"

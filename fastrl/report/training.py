@@ -14,9 +14,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 
 from fastrl.objectives import combine_rewards
-from fastrl.report.answers import Answers, answers_table, generate, greedy_answers, load_model
-from fastrl.report.curves import metric_series, plot_curves
+from fastrl.report.answers import Answers, answers_json, answers_table, generate, greedy_answers, load_model
+from fastrl.report.page import write_page
+from fastrl.report.runs import NotARunError, read_run
 from fastrl.report.step_comparison import StepComparison, compare_step
+from fastrl.run_files import ANSWERS_FILE, REPORT_FOLDER
 from fastrl.trainers.grpo_config import GRPOConfig
 from fastrl.trainers.rollouts import Rollouts
 from fastrl.trainers.token_batch import pad
@@ -43,7 +45,7 @@ def write_report(
         args: the run's arguments: sampling, batch shape and objective.
         reward_funcs: the run's reward functions.
         rows: with a column `prompt`: held-out prompts.
-        parts: some of "curves" (curves.png), "answers" (answers.md) and "step_comparison" (.md and .json).
+        parts: some of "curves" (report.html and PNGs), "answers" (.md and .json) and "step_comparison" (.md and .json).
         dtype: of the models' weights.
         say: gets each line for the user.
 
@@ -57,20 +59,17 @@ def write_report(
     if unknown:
         raise ValueError(f"parts: expected some of {', '.join(PARTS)}, got {unknown[0]!r}")
     source = Path(output_dir)
-    folder = source / "report"
+    folder = source / REPORT_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
 
-    if "curves" in parts:
-        history = json.loads((source / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-        written.append(plot_curves(history, folder / "curves.png", title=source.name))
-        say(reward_summary(history))
     if "answers" in parts:
         say(f"asking {len(rows)} held-out prompts before and after training")
         before = _answers(base_model, base_model, args, reward_funcs, rows, dtype)
         after = _answers(str(source), base_model, args, reward_funcs, rows, dtype)
         table = answers_table(rows["prompt"], before, after)
         written.append(_write(folder / "answers.md", table))
+        written.append(_write(folder / ANSWERS_FILE, json.dumps(answers_json(rows["prompt"], before, after), indent=1)))
         say(f"\n{table}\n")
     if "step_comparison" in parts:
         say("taking one optimizer step with the eager loss and with ours (a few minutes on a CPU)")
@@ -80,18 +79,16 @@ def write_report(
         written.append(_write(folder / "step_comparison.md", comparison.markdown()))
         written.append(_write(folder / "step_comparison.json", json.dumps(comparison.to_json(), indent=2)))
         say(f"\n{comparison.markdown()}\n")
+    if "curves" in parts:
+        try:
+            written += write_page(source)
+        except NotARunError as error:
+            say(f"no curves: {error}")
+        else:
+            for change in read_run(source).headline():
+                say(str(change))
     say("written:" + "".join(f"\n  {path}" for path in written))
     return written
-
-
-def reward_summary(history: Sequence[dict[str, Any]], window: int = 5) -> str:
-    """One line: the mean reward over the first and over the last `window` logged steps."""
-    steps, rewards = metric_series(history, "reward")
-    if not steps:
-        return "no rewards were logged"
-    width = min(window, len(rewards))
-    first, last = sum(rewards[:width]) / width, sum(rewards[-width:]) / width
-    return f"mean reward: {first:.3f} over the first {width} logged steps, {last:.3f} over the last {width}"
 
 
 def compare_on_fresh_rollouts(

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging
 
-FOLDER = "completions"
+from fastrl.run_files import COMPLETIONS_FOLDER, message_text
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +56,7 @@ class CompletionLog:
         main_process: bool = True,
         console: Console | None = None,
     ) -> None:
-        self.folder = Path(output_dir) / FOLDER
+        self.folder = Path(output_dir) / COMPLETIONS_FOLDER
         self.num_to_print = num_to_print
         self.unique_prompts = unique_prompts
         self.report_to = report_to
@@ -154,31 +154,6 @@ class CompletionLog:
             if backend == "wandb" and module.run is None:
                 continue
             module.log({name: module.Table(dataframe=pd.DataFrame(rows))})
-
-
-def read_completions(folder: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
-    """The completions of a run's folder by step and mode ("train" or an evaluation's prefix), in order."""
-    found = {}
-    for path in sorted((folder / FOLDER).glob("completions_*.parquet")):
-        name = re.fullmatch(r"completions_(\d+)(?:_(.+))?", path.stem)
-        if name:
-            found[int(name[1]), name[2] or "train"] = pq.read_table(path).to_pylist()
-    return found
-
-
-def message_text(value: Any) -> str:
-    """A text as it is; a conversation with the roles written out."""
-    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
-        return "\n".join(f"{message.get('role', '?')}: {_content(message)}" for message in value)
-    return value if isinstance(value, str) else str(value)
-
-
-def _content(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):  # typed blocks
-        content = " ".join(block.get("text") or f"[{block.get('type')}]" for block in content)
-    calls = message.get("tool_calls")
-    return " ".join([str(content or ""), *([json.dumps(calls, default=str)] if calls else [])]).strip()
 
 
 def _cell(value: Any) -> Text:

@@ -19,9 +19,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from fastrl.benchmark.machine import device_name, versions
+from fastrl.run_files import METRICS_FILE, RUN_FILE, read_json, read_metrics
 
-RUN_FILE = "run.json"
-METRICS_FILE = "metrics.jsonl"
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "triton", "vllm")
 
 logger = logging.get_logger(__name__)
@@ -54,7 +53,7 @@ class RunRecord(TrainerCallback):
         lines, starts = self._early, []
         if state.global_step > 0:
             lines = [line for line in read_metrics(folder) or state.log_history if line["step"] <= state.global_step]
-            starts = read_run_file(folder).get("starts", [])
+            starts = read_json(folder / RUN_FILE).get("starts", [])
         self._early = []
         self._seconds_before = max((line.get("seconds") or 0.0 for line in lines), default=0.0)
         try:
@@ -114,32 +113,6 @@ class RunRecord(TrainerCallback):
         self._path = None
 
 
-def read_run_file(folder: Path) -> dict[str, Any]:
-    """`run.json` of a run; empty if there is none that can be read."""
-    try:
-        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, without one that a kill cut off; empty if there is no such file."""
-    entries = []
-    try:
-        lines = (folder / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            entries.append(entry)
-    return entries
-
-
 def _line(entry: dict[str, Any]) -> str:
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
     return json.dumps(finite, default=str) + "\n"
@@ -149,7 +122,9 @@ def _changed(args: TrainingArguments) -> list[str]:
     """The arguments that differ from their defaults, but for what an unset one becomes when nothing is asked of it."""
     names = []
     for field in dataclasses.fields(args):
-        value, default = getattr(args, field.name), field.default
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        value = getattr(args, field.name)
         unset = default in (None, "", "none") and value in (None, False, [], "")
         if field.name != "accelerator_config" and value != default and not unset:
             names.append(field.name)

@@ -1,4 +1,4 @@
-"""The report: curves from a fake history, answers and one optimizer step of a tiny model."""
+"""The report of a run: answers and one optimizer step of a tiny model. Curves and page: tests/report."""
 
 from __future__ import annotations
 
@@ -12,19 +12,10 @@ from datasets import Dataset
 from fastrl.benchmark.memory import MemoryMeter
 from fastrl.cli import main
 from fastrl.objectives import PolicyObjective
-from fastrl.report import plot_curves
 from fastrl.report.answers import Answers, answers_table, generate, load_model
-from fastrl.report.curves import metric_series, running_mean
 from fastrl.report.step_comparison import SIDES, compare_step, run_side
-from fastrl.report.training import reward_summary
 from fastrl.rollout import SamplingParams
 from fastrl.trainers.rollouts import Rollouts
-
-HISTORY = [
-    {"step": step, "reward": step / 20, "live_fraction": 0.5, "entropy": 2.0 - step / 20, "loss": 0.0}
-    | {"completions/mean_length": 14.0 - step / 2}
-    for step in range(1, 17)
-] + [{"step": 16, "train_runtime": 1.0}]
 
 
 def rollouts(sequences=6, prompt=5, completion=4, seed=0):
@@ -40,30 +31,6 @@ def rollouts(sequences=6, prompt=5, completion=4, seed=0):
         mask,
         torch.tensor([1.0, -0.5, 0.0, 0.0, 0.7, -1.2])[:sequences],
     )
-
-
-def pixels(path):
-    from matplotlib.image import imread
-
-    return imread(path)
-
-
-def test_curves_show_every_metric_that_the_history_has(tmp_path):
-    full = pixels(plot_curves(HISTORY, tmp_path / "full.png", title="run"))
-    assert full.shape[1] > 1000 and full[..., :3].std() > 0.02
-    fewer = [{name: value for name, value in row.items() if name != "entropy"} for row in HISTORY]
-    assert (pixels(plot_curves(fewer, tmp_path / "fewer.png", title="run")) != full).any()
-    with pytest.raises(ValueError, match="holds none of reward"):
-        plot_curves([{"step": 1, "loss": 0.0}], tmp_path / "none.png")
-
-
-def test_series_and_running_mean():
-    steps, values = metric_series(
-        [{"step": 2, "reward": 1}, {"step": 1, "reward": 0}, {"step": 2, "reward": 3}], "reward"
-    )
-    assert (steps, values) == ([1, 2], [0.0, 3.0])
-    assert running_mean([0.0, 2.0, 4.0, 6.0], window=2) == [0.0, 1.0, 3.0, 5.0]
-    assert reward_summary(HISTORY) == "mean reward: 0.150 over the first 5 logged steps, 0.700 over the last 5"
 
 
 def test_answers_table_keeps_to_one_line_per_prompt():
@@ -142,7 +109,8 @@ def test_whole_report_of_a_run(project, capsys):
     assert main(["grpo", "--config", "run.yaml", "--report", "curves", "answers", "step_comparison"]) == 0
     out = capsys.readouterr().out
     folder = project / "out" / "report"
-    for name in ("curves.png", "answers.md", "step_comparison.md", "step_comparison.json"):
+    names = ("report.html", "curves.png", "curves_reward.png", "answers.md", "answers.json")
+    for name in (*names, "step_comparison.md", "step_comparison.json"):
         assert (folder / name).stat().st_size > 0 and str(folder.relative_to(project) / name) in out
     comparison = json.loads((folder / "step_comparison.json").read_text())
     assert set(comparison["sides"]) == set(SIDES)
@@ -151,6 +119,8 @@ def test_whole_report_of_a_run(project, capsys):
         assert difference["largest"] < 1e-5 and difference["relative"] < 1e-4 and difference["largest_entry"] > 0
     answers = (folder / "answers.md").read_text()
     assert "| n o p q r |" in answers and "greedy answers to 8 prompts" in answers
+    page = (folder / "report.html").read_text()
+    assert "n o p q r" in page and "<svg" in page and "reward: " in out
 
 
 def test_answers_and_step_of_an_adapter(project):
