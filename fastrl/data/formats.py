@@ -40,6 +40,12 @@ class Text(NamedTuple):
     ids: list[int]
     counted: list[bool]
 
+    def split(self, size: int | None) -> list[Text]:
+        """Pieces of `size` tokens, the last one shorter; None: one piece."""
+        size = size or max(len(self.ids), 1)
+        starts = range(0, len(self.ids), size)
+        return [Text(self.ids[start : start + size], self.counted[start : start + size]) for start in starts]
+
 
 class Completions(NamedTuple):
     """A prompt and one or several completions of it, in token ids."""

@@ -32,6 +32,7 @@ class LMHead(NamedTuple):
     bias: Tensor | None  # (V,)
     logit_scale: float = 1.0
     softcap: float | None = None
+    router_logits: tuple[Tensor, ...] | None = None  # a mixture of experts', if asked for: (tokens, experts) each
 
 
 HeadFunction = Callable[[Tensor, LMHead], Any]
@@ -73,9 +74,10 @@ class ModelPatch:
 def patch_model(model: nn.Module, *, logit_scale: float | None = None, softcap: float | None = None) -> ModelPatch:
     """Lets a causal LM be scored without logits: `model(input_ids=..., fastrl_head=f)` returns `f(hidden, head)`.
 
-    `f` gets `hidden` [B, S, D], the backbone's last hidden state, and an `LMHead`; what it returns goes through the
-    wrappers around the model unchanged (return tensors, tuples or dicts of tensors, so that DDP and FSDP see the
-    graph). Without `fastrl_head` the original forward runs, bit for bit, and `generate` is untouched.
+    `f` gets `hidden` [B, S, D], the backbone's last hidden state, and an `LMHead`, with a mixture of experts also its
+    router's logits if `output_router_logits=True` is passed. What it returns goes through the wrappers around the model
+    unchanged (return tensors, tuples or dicts of tensors, so that DDP and FSDP see the graph). Without `fastrl_head`
+    the original forward runs, bit for bit, and `generate` is untouched.
 
     Works on the innermost causal LM of PEFT, DDP, FSDP and torch.compile wrappers. The head may be a plain `nn.Linear`,
     one under PEFT's LoRA (dropout and several adapters included: its low-rank part becomes extra columns of the
@@ -149,7 +151,17 @@ def _forward_with_head(cls: type[nn.Module], original: Callable[..., Any] | None
         outputs = attrgetter(recipe.backbone)(self)(*args, **kwargs)
         hidden = outputs[0] if isinstance(outputs, tuple) else outputs.last_hidden_state
         embedding = self.get_output_embeddings()  # type: ignore[operator]
-        return _run_inside(embedding, hidden, lambda module, x: fastrl_head(*_read_head(module, x, recipe)))
+        router_logits = None
+        if kwargs.get("output_router_logits"):
+            router_logits = getattr(outputs, "router_logits", None)
+            if router_logits is None:
+                raise ValueError(f"output_router_logits: the backbone of {type(self).__name__} gives none")
+
+        def call(module: nn.Module, x: Tensor) -> Any:
+            states, head = _read_head(module, x, recipe)
+            return fastrl_head(states, head._replace(router_logits=router_logits))
+
+        return _run_inside(embedding, hidden, call)
 
     return forward
 

@@ -3,7 +3,8 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,27 @@ class MetricStore:
     def load_state_dict(self, state: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
         """Continues from `state_dict`."""
         self.values["train"] = defaultdict(list, {name: list(values) for name, values in state["train"].items()})
+
+
+class MetricSums:
+    """Sums and counts over the passes of an optimizer step or an evaluation, whose quotients are its metrics."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}  # name -> (sum, count), fp64
+
+    def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
+        """Adds a (sum, count) to each metric."""
+        for name, pair in metrics.items():
+            values = [torch.as_tensor(value, dtype=torch.float64, device=self._device).detach() for value in pair]
+            self._sums[name] = self._sums.get(name, 0.0) + torch.stack(values)
+
+    def take(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The quotients since the last call, NaN where there was nothing to count; `total` sums over processes."""
+        names = sorted(self._sums)
+        totals = total(torch.stack([self._sums[name] for name in names])).tolist() if names else []
+        self._sums = {}
+        return {name: s / count if count else math.nan for name, (s, count) in zip(names, totals, strict=True)}
 
 
 def completion_metrics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:

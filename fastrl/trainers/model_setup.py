@@ -2,6 +2,7 @@
 reference."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,50 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> tupl
     model.config.get_text_config().pad_token_id = pad_token_id  # type: ignore[union-attr, operator]
     model.generation_config.pad_token_id = pad_token_id  # type: ignore[union-attr]
     return pad_token_id, eos_token_ids
+
+
+def set_eos_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module, token: str) -> None:
+    """Makes a token of the vocabulary the one that ends a sequence; tokens that the model declares still do, too.
+
+    Raises:
+        ValueError: not in the vocabulary.
+    """
+    if token not in tokenizer.get_vocab():
+        raise ValueError(f"eos_token: {token!r} is not in the vocabulary of the {type(tokenizer).__name__}")
+    tokenizer.eos_token = token
+    configs: Any = model
+    declared = configs.generation_config.eos_token_id
+    others = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    ends: list[Any] = [tokenizer.eos_token_id, *others]
+    configs.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    configs.generation_config.eos_token_id = list(dict.fromkeys(ends))
+
+
+def use_chat_template(tokenizer: PreTrainedTokenizerBase, model: nn.Module, path: str) -> list[int]:
+    """Takes the chat template of a Jinja file (.jinja, .j2), or of the tokenizer at a path or hub id; from the latter
+    also its end-of-sequence token and the added tokens that are missing, for which the embeddings grow.
+
+    Returns:
+        The ids of the tokens that were added.
+
+    Raises:
+        ValueError: the tokenizer there has no chat template.
+    """
+    if path.endswith((".jinja", ".j2")) and Path(path).is_file():
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        return []
+    source = AutoTokenizer.from_pretrained(path)
+    if source.chat_template is None:
+        raise ValueError(f"chat_template_path: the tokenizer at {path!r} has no chat template")
+    tokenizer.chat_template = source.chat_template
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in source.added_tokens_decoder.values() if token.content not in vocabulary]
+    tokenizer.add_tokens(missing)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+        model.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
+    set_eos_token(tokenizer, model, source.eos_token)
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token.content] for token in missing]
 
 
 def is_peft_model(model: nn.Module) -> bool:

@@ -8,22 +8,21 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastrl.data.token_rows import TokenRow, TokenRows, check_datasets, tokenize_rows
-from fastrl.integrations import patch_model
+from fastrl.integrations import LMHead, patch_model, router_loss, router_loss_coef
 from fastrl.trainers import model_setup
 from fastrl.trainers.checkpointing import ResumableTrainer
-from fastrl.trainers.metrics import MetricStore
+from fastrl.trainers.metrics import MetricStore, MetricSums
 from fastrl.trainers.offline_config import OfflineConfig
 from fastrl.trainers.packing import Packer, Pass
 from fastrl.trainers.progress import use_progress
 from fastrl.trainers.prompts import context_length_of
-from fastrl.trainers.row_batch import RowBatch, collate_rows, whole_row_passes
+from fastrl.trainers.row_batch import RowBatch, collate_rows, whole_row_passes, with_values
 from fastrl.trainers.sampler import RepeatSampler
 
 
@@ -63,7 +62,7 @@ class OfflineTrainer(ResumableTrainer):
         train_dataset, eval_dataset: rows in a format of `fastrl.data.formats`, a `datasets.Dataset` or a list of dicts;
             a dict of evaluation datasets evaluates on each.
         processing_class: the tokenizer; None: the one beside the model. Without a pad token it gets its eos token.
-        callbacks, optimizers: as in `transformers.Trainer`.
+        callbacks, optimizers, optimizer_cls_and_kwargs: as in `transformers.Trainer`.
         peft_config: wraps the model in an adapter.
 
     Raises:
@@ -90,6 +89,7 @@ class OfflineTrainer(ResumableTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         peft_config: Any = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         args = self.config_class() if args is None else args
         if not isinstance(args, self.config_class):
@@ -98,29 +98,31 @@ class OfflineTrainer(ResumableTrainer):
         set_seed(args.seed)  # an adapter's weights are random
         policy = self.load_model(model, args)
         self.tokenizer = model_setup.load_tokenizer(processing_class, policy, args.trust_remote_code)
-        self.pad_token_id, self.eos_token_ids = model_setup.special_tokens(self.tokenizer, policy)
         if args.disable_dropout:
             model_setup.disable_dropout(policy)
         policy = self.set_up(policy, args, peft_config)
+        self.pad_token_id, self.eos_token_ids = model_setup.special_tokens(self.tokenizer, policy)
         if peft_config is not None:
             policy = model_setup.add_adapter(policy, peft_config)
-        self._tokenize = partial(
-            tokenize_rows,
-            tokenize=self.row_function(args),
-            columns=self.columns,
-            context_length=context_length_of(policy.config),
-            num_proc=args.dataset_num_proc,
-            progress=not args.disable_tqdm,
-        )
+        self.router_coef = router_loss_coef(policy, args.router_aux_loss_coef)
+        self.args = args
+        self._tokenizing: dict[str, Any] = {
+            "tokenize": self.row_function(args),
+            "columns": self.columns,
+            "context_length": context_length_of(policy.config),
+            "num_proc": args.dataset_num_proc,
+            "progress": not args.disable_tqdm,
+        }
         super().__init__(
             model=policy,
             args=args,
             data_collator=partial(type(self).collate, pad_token_id=self.pad_token_id),
-            train_dataset=self._tokenize(train_dataset, "train_dataset"),
+            train_dataset=self.tokenized(train_dataset, "train_dataset"),
             eval_dataset=self._tokenized_eval(eval_dataset),
             processing_class=self.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         if args.n_gpu > 1:
             raise ValueError("several GPUs in one process (DataParallel) are not supported: use torchrun or accelerate")
@@ -131,7 +133,8 @@ class OfflineTrainer(ResumableTrainer):
         # Under FSDP every process must run the model equally often.
         self.packer = Packer.for_model(policy, args.share_prompts, args.tokens_per_pass, one_pass=self.is_fsdp_enabled)
         self.metrics = MetricStore()
-        self._sums: dict[str, Tensor] = {}  # name -> (sum, count) over the passes of the step or the evaluation
+        self._sums = MetricSums(self.args.device)  # of the optimizer step or the evaluation
+        self._tokens = 0  # of the optimizer step, in this process
         self._micro_batches_left = 0  # of the optimizer step
         self._eval_prefix: str | None = None
 
@@ -158,15 +161,34 @@ class OfflineTrainer(ResumableTrainer):
         return {"tokens": float(batch.mask.sum())}
 
     def pass_loss(self, model: nn.Module, part: Pass[Any], normalizers: Mapping[str, float]) -> PassOutput:
-        """Runs the model on a pass. `normalizers` are the `counts` of the optimizer step, per process."""
+        """Runs the model on a pass (`self.run`). `normalizers` are the `counts` of the optimizer step, per process."""
         raise NotImplementedError
+
+    def run(self, model: nn.Module, part: Pass[Any], function: Callable[[Tensor, LMHead], Any]) -> Any:
+        """`function(hidden, head)` inside the model's forward over a pass; `part.select(hidden)` scores the tokens.
+
+        With a mixture of experts, the load-balancing loss of the pass is kept for `compute_loss`.
+        """
+        if not self.router_coef:
+            return model(**part.inputs, fastrl_head=function)
+
+        def with_router(hidden: Tensor, head: LMHead) -> Any:
+            assert head.router_logits is not None  # asked for below
+            return function(hidden, head), router_loss(model, head.router_logits, part.tokens)
+
+        out, self._router_loss = model(**part.inputs, fastrl_head=with_router, output_router_logits=True)
+        return out
 
     # Data ------------------------------------------------------------------------------------------------------------
 
+    def tokenized(self, rows: Any, name: str, **settings: Any) -> TokenRows:
+        """The rows that the argument `name` was given, tokenized; `settings` replace those of `tokenize_rows`."""
+        return tokenize_rows(rows, name, **{**self._tokenizing, **settings})
+
     def _tokenized_eval(self, eval_dataset: Any) -> Any:
         if isinstance(eval_dataset, dict):
-            return {key: self._tokenize(rows, f"eval_dataset[{key!r}]") for key, rows in eval_dataset.items()}
-        return None if eval_dataset is None else self._tokenize(eval_dataset, "eval_dataset")
+            return {key: self.tokenized(rows, f"eval_dataset[{key!r}]") for key, rows in eval_dataset.items()}
+        return None if eval_dataset is None else self.tokenized(eval_dataset, "eval_dataset")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         args: Any = self.args
@@ -183,7 +205,7 @@ class OfflineTrainer(ResumableTrainer):
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("eval_dataset: evaluation needs one")
         if eval_dataset is not None and not isinstance(eval_dataset, str | TokenRows):
-            eval_dataset = self._tokenize(eval_dataset, "eval_dataset")
+            eval_dataset = self.tokenized(eval_dataset, "eval_dataset")
         return super().get_eval_dataloader(eval_dataset)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
@@ -197,36 +219,29 @@ class OfflineTrainer(ResumableTrainer):
         return inputs  # a batch that is on the device, or a pass
 
     def precomputed(self, rows: TokenRows, name: str, values: Callable[[Any], Tensor], batch_size: int) -> TokenRows:
-        """The rows with a column `name` of what `values` gives for each sequence of a batch, (B,), in lists of K.
-
-        The processes share the work. For reference log-probabilities, say: the model runs once and not every epoch.
-        """
-        rank, world = self.args.process_index, self.args.world_size
-        starts = range(rank * batch_size, len(rows), world * batch_size)
-        found: list[tuple[int, list[float]]] = []
-        for start in tqdm(starts, desc=f"{name} of {rows.name}", disable=self.args.disable_tqdm or rank > 0):
-            places = range(start, min(start + batch_size, len(rows)))
-            batch: Any = self.data_collator([rows[place] for place in places])
-            batch = batch.to(self.args.device)
-            with torch.no_grad(), self.accelerator.autocast():
-                of_sequence = values(batch).tolist()
-            of_row: list[list[float]] = [[] for _ in places]
-            for number, value in zip(batch.row.tolist(), of_sequence, strict=True):
-                of_row[number].append(value)
-            found += zip(places, of_row, strict=True)
-        return rows.with_column(name, [values for _, values in sorted(gather_object(found))])
+        """The rows with a column of what `values` gives for each sequence: see `with_values`."""
+        collate: Any = self.data_collator
+        return with_values(
+            rows, name, values, collate, batch_size, self.accelerator, progress=not self.args.disable_tqdm
+        )
 
     # One optimizer step ----------------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         self._micro_batches_left = len(batch_samples)
-        counts = [self.counts(batch) for batch in batch_samples]
+        counts = [self._counts(batch) for batch in batch_samples]
         names = list(counts[0])
         totals = self._total(torch.tensor([[count[name] for name in names] for count in counts]).sum(0))
         # The gradient is averaged over processes, so that each one's share must count that much more. Where nothing is
         # there to count every term is 0, whatever it is divided by.
         shares = [float(total) / self.accelerator.num_processes or 1.0 for total in totals]
         return dict(zip(names, shares, strict=True))
+
+    def _counts(self, batch: Any) -> dict[str, float]:
+        counts = self.counts(batch)
+        if "tokens" not in counts:  # the weight of a router's loss
+            counts["tokens"] = float(batch.mask.sum())
+        return counts
 
     def _total(self, counts: Tensor) -> Tensor:
         return self.accelerator.reduce(counts.double().to(self.args.device), reduction="sum").cpu()
@@ -244,7 +259,7 @@ class OfflineTrainer(ResumableTrainer):
             for work in first:
                 loss += super().training_step(model, work, None)  # type: ignore[arg-type]
         loss += super().training_step(model, last, None)  # type: ignore[arg-type]
-        self._add({"num_tokens": (batch.num_tokens, 1)})
+        self._tokens += batch.num_tokens
         self._micro_batches_left -= 1
         if not self._micro_batches_left:
             self._finish_step()
@@ -257,28 +272,20 @@ class OfflineTrainer(ResumableTrainer):
         if return_outputs:
             raise ValueError(f"return_outputs: {type(self).__name__} has no outputs but the loss")
         out = self.pass_loss(model, inputs.part, inputs.normalizers)
-        self._add(out.metrics)
-        return out.loss
-
-    def _add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
-        for name, pair in metrics.items():
-            values = [torch.as_tensor(value, dtype=torch.float64, device=self.args.device) for value in pair]
-            self._sums[name] = self._sums.get(name, 0.0) + torch.stack(values).detach()
-
-    def _take_metrics(self) -> tuple[dict[str, float], int]:
-        """The means since the last call over all processes, and the tokens."""
-        names = sorted(self._sums)
-        totals = self._total(torch.stack([self._sums[name] for name in names])).tolist()
-        self._sums = {}
-        sums = dict(zip(names, totals, strict=True))
-        tokens = int(sums.pop("num_tokens", (0.0, 0.0))[0])
-        return {name: value / count if count else float("nan") for name, (value, count) in sums.items()}, tokens
+        self._sums.add(out.metrics)
+        if not self.router_coef:
+            return out.loss
+        # A mean over a forward's tokens: passes count by their share of the tokens that the loss counts.
+        tokens = float(inputs.part.batch.mask.sum())
+        self._sums.add({"aux_loss": (self._router_loss.detach() * tokens, tokens)})
+        return out.loss + self._router_loss * (self.router_coef * tokens / inputs.normalizers["tokens"])
 
     def _finish_step(self) -> None:
-        metrics, tokens = self._take_metrics()
+        tokens = int(self._total(torch.tensor(self._tokens)))
+        self._tokens = 0
         self.state.num_input_tokens_seen += tokens
         self.metrics.count_tokens(tokens)
-        self.metrics.add("train", metrics)
+        self.metrics.add("train", self._sums.take(self._total))
         self.metrics.set("train", "num_tokens", self.state.num_input_tokens_seen)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
@@ -306,9 +313,9 @@ class OfflineTrainer(ResumableTrainer):
         self, dataloader: DataLoader, description: str, *, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
         """Adds the metrics, and a loss that does not depend on how the set is cut into batches."""
-        training, self._sums = self._sums, {}
+        training, self._sums = self._sums, MetricSums(self.args.device)
         output: Any = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics, _ = self._take_metrics()
+        metrics = self._sums.take(self._total)
         metrics["num_tokens"] = float(self.state.num_input_tokens_seen)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         self._sums = training
@@ -318,11 +325,11 @@ class OfflineTrainer(ResumableTrainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, None, None]:
         """Adds the loss and the metrics of a batch; there are no predictions."""
-        counts = {name: count or 1.0 for name, count in self.counts(inputs).items()}
+        counts = {name: count or 1.0 for name, count in self._counts(inputs).items()}
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = [self.compute_loss(model, _Work(part, counts)) for part in self.passes(inputs)]
         weight = next(iter(counts.values()))
-        self._add({"loss": (torch.stack(losses).sum() * weight, weight)})
+        self._sums.add({"loss": (torch.stack(losses).sum() * weight, weight)})
         return None, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

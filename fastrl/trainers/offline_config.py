@@ -45,6 +45,10 @@ class OfflineConfig(TrainingArguments):
         default=None, metadata={"help": "Arguments of from_pretrained, when the model is given by path."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code that ships with a model."})
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "Weight of a mixture of experts' load-balancing loss; None: the model's own; 0: none."},
+    )
     disable_dropout: bool = field(default=False, metadata={"help": "Set every dropout of the model to 0."})
 
     # Data

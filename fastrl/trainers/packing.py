@@ -43,6 +43,7 @@ class Pass(Generic[Batch]):
     sequences: Tensor  # (B,) their places in the batch
     batch: Batch  # B
     inputs: dict[str, Tensor]  # of the model's forward, each (R, S), the mask also (R, 1, S, S)
+    tokens: Tensor  # (R, S) bool: what of the inputs is not padding
     places: Tensor | None  # (B, T) where the R * S hidden states score each token; None: the last T of each row
 
     def select(self, hidden: Tensor) -> Tensor:
@@ -158,7 +159,8 @@ class Packer:
                 count += 1
             sequences = torch.tensor(sorted(order[:count]), device=batch.prompt_ids.device)
             part = batch.select(sequences)
-            yield Pass(sequences, part, _padded_inputs(part, self.takes_positions), None)
+            inputs = _padded_inputs(part, self.takes_positions)
+            yield Pass(sequences, part, inputs, inputs["attention_mask"].bool(), None)
             order = order[count:]
 
     # A row for each group --------------------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ class Packer:
             "attention_mask": self._mask(row_of.to(device), member.to(device)),
             "position_ids": positions.to(device),
         }
-        return Pass(sequences, part, inputs, places.to(device))
+        return Pass(sequences, part, inputs, row_of.to(device) >= 0, places.to(device))
 
     def _mask(self, row_of: Tensor, member: Tensor) -> Tensor:
         """(R, 1, S, S) of what each token sees: in its row, the prompt (member 0) and its own completion's past."""

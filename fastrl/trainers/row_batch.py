@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from fastrl.data.token_rows import TokenRow
+from fastrl.data.token_rows import TokenRow, TokenRows
 from fastrl.trainers.packing import Packer, Pass
 from fastrl.trainers.token_batch import TokenBatch, pad
 
@@ -65,3 +68,35 @@ def whole_row_passes(packer: Packer, batch: Rows) -> list[Pass[Rows]]:
         (part,) = packer.passes(batch.select(places), together=True)
         passes.append(replace(part, sequences=places[part.sequences]))
     return passes
+
+
+def with_values(
+    rows: TokenRows,
+    name: str,
+    values: Callable[[Rows], Tensor],
+    collate: Callable[[Sequence[TokenRow]], Rows],
+    batch_size: int,
+    accelerator: Accelerator,
+    *,
+    progress: bool,
+) -> TokenRows:
+    """The rows with a column `name`: what `values` gives for each sequence of a batch, (B,), in lists of K.
+
+    For what would be the same in every epoch, such as reference log-probabilities. The processes share the work.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    found: list[tuple[int, list[float]]] = []
+    for start in tqdm(
+        range(rank * batch_size, len(rows), world * batch_size),
+        desc=f"{name} of {rows.name}",
+        disable=not progress or rank > 0,
+    ):
+        places = range(start, min(start + batch_size, len(rows)))
+        batch = collate([rows[place] for place in places]).to(accelerator.device)
+        with torch.no_grad(), accelerator.autocast():
+            of_sequence = values(batch).tolist()
+        of_row: list[list[float]] = [[] for _ in places]
+        for number, value in zip(batch.row.tolist(), of_sequence, strict=True):
+            of_row[number].append(value)
+        found += zip(places, of_row, strict=True)
+    return rows.with_column(name, [found_values for _, found_values in sorted(gather_object(found))])
