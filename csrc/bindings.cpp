@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -156,19 +157,78 @@ void policy_terms(bool fp64, int64_t rows, int64_t cols, uintptr_t logps, uintpt
                 [&](int64_t begin, int64_t end) { current_kernels->policy_terms(args, begin, end); });
 }
 
-void surrogate_terms(bool fp64, int64_t rows, int64_t cols, uintptr_t logps, uintptr_t entropy, uintptr_t advantages,
-                     bool row_advantages, uintptr_t old_logps, uintptr_t gate, bool row_gate, uintptr_t scored, uintptr_t mask,
-                     uintptr_t live, uintptr_t token_weight, int surrogate, bool row_mean, double low, double high, double cap,
-                     double log_low, double log_high, double tau_pos, double tau_neg, double coef, uintptr_t grad_logps,
-                     uintptr_t sums, int threads) {
+// Sums over the rows, then the smallest share of a row's tokens that is clipped from below and the largest from above (NaN: no
+// row has a token).
+std::vector<double> surrogate_terms(
+    bool fp64, int64_t rows, int64_t cols, uintptr_t logps, uintptr_t entropy, uintptr_t advantages, bool row_advantages,
+    uintptr_t old_logps, uintptr_t gate, bool row_gate, uintptr_t mismatch, bool row_mismatch, uintptr_t scored, uintptr_t mask,
+    uintptr_t live, uintptr_t selected, uintptr_t row_weight, bool moved, int surrogate, int level, double low, double high,
+    double cap, double log_low, double log_high, double tau_pos, double tau_neg, double coef, double k_pos, double lambda_pos,
+    double k_neg, double lambda_neg, double length_eps, bool reads_padding, uintptr_t grad_logps, uintptr_t scored_logps,
+    int threads) {
+  constexpr int64_t kSums = fastrl::kSurrogateSums;
+  std::vector<double> sums(rows * kSums), totals(kSums + 2);
   const fastrl::SurrogateTermsArgs args{
       fp64, rows, cols, pointer<void>(logps), pointer<void>(entropy), pointer<void>(advantages), row_advantages,
       pointer<void>(old_logps), pointer<void>(gate), row_gate, pointer<uint8_t>(scored), pointer<uint8_t>(mask),
-      pointer<uint8_t>(live), pointer<void>(token_weight), static_cast<fastrl::Surrogate>(surrogate), row_mean, low, high, cap,
-      log_low, log_high, tau_pos, tau_neg, coef, pointer<void>(grad_logps), pointer<double>(sums)};
+      pointer<uint8_t>(live), moved, pointer<uint8_t>(selected), pointer<void>(mismatch), row_mismatch,
+      pointer<void>(row_weight), static_cast<fastrl::Surrogate>(surrogate), static_cast<fastrl::Level>(level), low, high, cap,
+      log_low, log_high, tau_pos, tau_neg, coef, k_pos, lambda_pos, k_neg, lambda_neg, length_eps, reads_padding,
+      pointer<void>(grad_logps), pointer<void>(scored_logps), sums.data()};
   py::gil_scoped_release release;
   parallel_rows(rows, threads_for(rows * cols, threads),
                 [&](int64_t begin, int64_t end) { current_kernels->surrogate_terms(args, begin, end); });
+  const bool of_rows = args.level == fastrl::Level::kRowSum && row_advantages;
+  double lowest = std::nan(""), highest = std::nan("");
+  for (int64_t row = 0; row < rows; ++row) {
+    const double* x = &sums[row * kSums];
+    for (int64_t k = 0; k < kSums; ++k) totals[k] += x[k];
+    const double count = of_rows ? 1 : x[fastrl::kCounted];
+    lowest = std::fmin(lowest, x[fastrl::kLow] / count);  // NaN only where both are
+    highest = std::fmax(highest, x[fastrl::kHigh] / count);
+  }
+  totals[kSums] = lowest;
+  totals[kSums + 1] = highest;
+  return totals;
+}
+
+// Number of tokens of the mask in each row.
+void count_rows(bool fp64, int64_t rows, int64_t cols, uintptr_t mask, uintptr_t counts) {
+  const uint8_t* x = pointer<uint8_t>(mask);
+  for (int64_t row = 0; row < rows; ++row, x += cols) {
+    int64_t count = 0;
+    for (int64_t start = 0; start < cols; start += 128) {  // so many ones fit a byte
+      const int64_t end = std::min<int64_t>(cols, start + 128);
+      uint8_t sum = 0;
+      for (int64_t j = start; j < end; ++j) sum += x[j];
+      count += sum;
+    }
+    fp64 ? pointer<double>(counts)[row] = static_cast<double>(count) : pointer<float>(counts)[row] = static_cast<float>(count);
+  }
+}
+
+// Number of candidates.
+double covariances(bool fp64, int64_t rows, int64_t cols, uintptr_t logps, uintptr_t old_logps, uintptr_t advantages,
+                   bool row_advantages, uintptr_t scored, double low, double high, double lower, double upper,
+                   uintptr_t covariance, uintptr_t candidates, int threads) {
+  std::vector<double> sums(3 * rows);
+  fastrl::CovarianceArgs args{
+      fp64, rows, cols, pointer<void>(logps), pointer<void>(old_logps), pointer<void>(advantages), row_advantages,
+      pointer<uint8_t>(scored), 0, 0, low, high, lower, upper, pointer<void>(covariance), pointer<uint8_t>(candidates),
+      sums.data()};
+  const int n = threads_for(rows * cols, threads);
+  const auto total = [&](int64_t column) {
+    double sum = 0;
+    for (int64_t row = 0; row < rows; ++row) sum += sums[3 * row + column];
+    return sum;
+  };
+  py::gil_scoped_release release;
+  parallel_rows(rows, n, [&](int64_t begin, int64_t end) { current_kernels->covariance_sums(args, begin, end); });
+  const double count = std::max(1.0, total(2));
+  args.mean_advantage = total(0) / count;
+  args.mean_logp = total(1) / count;
+  parallel_rows(rows, n, [&](int64_t begin, int64_t end) { current_kernels->covariances(args, begin, end); });
+  return total(0);
 }
 
 void divergence_rows(bool fp64, int64_t rows, int64_t cols, uintptr_t tile, int64_t stride, uintptr_t ref_tile,
@@ -213,6 +273,8 @@ PYBIND11_MODULE(_C, m) {
         }));
   m.def("policy_terms", &policy_terms);
   m.def("surrogate_terms", &surrogate_terms);
+  m.def("covariances", &covariances);
+  m.def("count_rows", &count_rows);
   m.def("divergence_rows", &divergence_rows);
   m.def("group_advantages",
         group_advantages<int>([](const fastrl::AdvantageArgs& args, int) { fastrl::group_advantages(args); }));

@@ -115,7 +115,8 @@ void grad(const GradArgs& a, int64_t begin, int64_t end) {
 
 const RowKernels& FASTRL_JOIN(row_kernels_, FASTRL_ISA)() {
   static const RowKernels kernels{FASTRL_TEXT(FASTRL_ISA), stats, grad, FASTRL_JOIN(policy_terms_, FASTRL_ISA),
-                                  FASTRL_JOIN(divergence_, FASTRL_ISA), FASTRL_JOIN(surrogate_terms_, FASTRL_ISA)};
+                                  FASTRL_JOIN(divergence_, FASTRL_ISA), FASTRL_JOIN(surrogate_terms_, FASTRL_ISA),
+                                  FASTRL_JOIN(covariance_sums_, FASTRL_ISA), FASTRL_JOIN(covariances_, FASTRL_ISA)};
   return kernels;
 }
 

@@ -16,6 +16,8 @@ struct RowKernels {
   void (*policy_terms)(const PolicyTermsArgs&, int64_t begin, int64_t end);
   void (*divergence)(const DivergenceArgs&, int64_t begin, int64_t end);
   void (*surrogate_terms)(const SurrogateTermsArgs&, int64_t begin, int64_t end);
+  void (*covariance_sums)(const CovarianceArgs&, int64_t begin, int64_t end);
+  void (*covariances)(const CovarianceArgs&, int64_t begin, int64_t end);
 };
 
 const RowKernels& row_kernels_generic();

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastrl_kernels import validation
 
+from .masking import as_numbers, weighted_sum
 from .sequences import Sequences, sequences_of
 
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -49,6 +52,59 @@ def aggregation_weights(
         ValueError: an unknown aggregation; a normalizer that is not above 0 or that token-sum has no use for; a length
             that is missing, not above 0, or has no use.
     """
+    _check(aggregation, normalizer, length)
+    weights = as_numbers(mask, dtype)
+    if aggregation == "token-sum":
+        return weights
+    divisor = _divisor(
+        aggregation, weights.sum, lambda: sequences.counts(mask, dtype), normalizer=normalizer, length=length, eps=eps
+    )
+    if aggregation == "seq-mean-token-mean" and isinstance(divisor, Tensor):
+        divisor = sequences.spread(divisor)
+    return weights / divisor
+
+
+def row_weights(
+    aggregation: str,
+    counts: Tensor,  # (B,)
+    *,
+    normalizer: Tensor | float | None = None,
+    length: float | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """What `aggregation_weights` gives the tokens of the mask in each row of a padded batch, `(B, 1)`, from `counts`.
+
+    counts: `(B,)`, tokens of the mask in each row, in the dtype of the weights. The rest: see `aggregation_weights`.
+    """
+    _check(aggregation, normalizer, length)
+    ones = torch.ones_like(counts)
+    if aggregation != "token-sum":
+        ones = ones / _divisor(aggregation, counts.sum, lambda: counts, normalizer=normalizer, length=length, eps=eps)
+    return ones.unsqueeze(-1)
+
+
+def _divisor(
+    aggregation: str,
+    tokens: Callable[[], Tensor],
+    counts: Callable[[], Tensor],
+    *,
+    normalizer: Tensor | float | None,
+    length: float | None,
+    eps: float,
+) -> Tensor | float:
+    """What a token's loss is divided by: one number, or for seq-mean-token-mean one per sequence, `(B,)`."""
+    if aggregation == "token-mean":
+        return tokens().clamp(min=1) if normalizer is None else normalizer
+    each = aggregation == "seq-mean-token-mean"
+    if each or normalizer is None:
+        lengths = counts()
+        normalizer = (lengths > 0).to(lengths.dtype).sum().clamp(min=1) if normalizer is None else normalizer
+        if each:
+            return (lengths.clamp(min=1) + eps) * normalizer
+    return normalizer if length is None else normalizer * length
+
+
+def _check(aggregation: str, normalizer: Tensor | float | None, length: float | None) -> None:
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation: expected one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
     if aggregation == "token-sum" and normalizer is not None:
@@ -60,19 +116,6 @@ def aggregation_weights(
             raise ValueError(f"length: seq-mean-token-sum-norm needs a number of tokens above 0, got {length!r}")
     elif length is not None:
         raise ValueError(f"length: only seq-mean-token-sum-norm divides by it, not {aggregation}, got {length!r}")
-
-    weights = mask.to(dtype)
-    if aggregation == "token-sum":
-        return weights
-    if aggregation == "token-mean":
-        return weights / (weights.sum().clamp(min=1) if normalizer is None else normalizer)
-    if normalizer is None or aggregation == "seq-mean-token-mean":
-        counts = sequences.counts(mask, dtype)
-    if normalizer is None:
-        normalizer = (counts > 0).to(dtype).sum().clamp(min=1)
-    if aggregation == "seq-mean-token-mean":
-        weights = weights / sequences.spread(counts.clamp(min=1) + eps)
-    return weights / (normalizer if length is None else normalizer * length)
 
 
 def aggregate_loss(
@@ -106,4 +149,4 @@ def aggregate_loss(
     weights = aggregation_weights(
         aggregation, checked, sequences, normalizer=normalizer, length=length, eps=eps, dtype=token_loss.dtype
     )
-    return (weights * torch.where(checked, token_loss, 0.0)).sum()
+    return weighted_sum(token_loss, weights, checked)

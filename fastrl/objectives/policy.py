@@ -13,12 +13,12 @@ from torch.autograd import forward_ad
 from fastrl_kernels import TokenBatch, backends, linear_divergence_sum, linear_logprobs, ops, validation
 from fastrl_kernels.functional import harmonize
 from fastrl_kernels.head import LogitTransform
-from fastrl_kernels.objective import TermSums, weighted_terms
+from fastrl_kernels.objective import weighted_terms
 
 from .policy_inputs import checked_tokens, clean
-from .policy_metrics import masked_mean, metrics_from_sums
+from .policy_metrics import masked_mean, metrics_from_totals, scalars
 from .policy_objective import LOSS_TYPES, PolicyObjective
-from .token_selection import by_covariance, entropy_threshold, on_policy
+from .token_selection import by_covariance, entropy_threshold, fast_by_covariance, on_policy
 
 __all__ = ["LOSS_TYPES", "LossOutput", "PolicyObjective", "linear_policy_loss", "policy_loss"]
 
@@ -55,10 +55,11 @@ def policy_loss(
 ) -> LossOutput:
     """The policy loss on given log-probabilities; differentiable in logps, entropy and kl, twice if need be.
 
-    In fp32 and fp64 a clipped objective on a padded batch takes one pass over the tokens for loss, gradients and
-    metrics together. The definition runs under autograd instead for other loss types, for packed tokens, for a gradient
-    that will be differentiated again, for an objective with a `token_loss` of its own, in other dtypes and under
-    `torch.func`.
+    In fp32 and fp64 an objective on a padded batch takes one pass over the tokens (two or three, where sums over the
+    row come first) for loss, gradients and metrics together: a clipped one on every backend, the others on the CPU,
+    without KL, entropy bonus and nll_coef. The definition runs under autograd instead in the other cases, for packed
+    tokens, for a gradient that will be differentiated again, for an objective with a `token_loss` of its own, in other
+    dtypes and under `torch.func`.
 
     Args:
         logps: `(B, T)` of the taken tokens under the policy, or `(N,)` of packed sequences, with cu_seqlens.
@@ -91,20 +92,22 @@ def policy_loss(
         expected = "(B, T), or (N,) with cu_seqlens" if cu_seqlens is None else "(N,) with cu_seqlens"
         raise ValueError(f"logps: expected shape {expected}, got {tuple(logps.shape)}")
     tokens, mask = checked_tokens(
-        logps.shape, logps.dtype, logps.device, advantages=advantages, mask=mask, old_logps=old_logps,
-        ref_logps=ref_logps, importance_ratio=importance_ratio, selected=selected, cu_seqlens=cu_seqlens,
-        ratio_inside=objective.surrogate.ratio_inside,
+        logps.shape, logps.dtype, logps.device, logps=logps, entropy=entropy, advantages=advantages, mask=mask,
+        old_logps=old_logps, ref_logps=ref_logps, importance_ratio=importance_ratio, selected=selected,
+        cu_seqlens=cu_seqlens, ratio_inside=objective.surrogate.ratio_inside,
     )  # fmt: skip
     if kl is not None and not objective.exact_kl:
         raise ValueError("kl: only beta with kl_estimator 'full' takes it; the other estimators need ref_logps")
     for name, x in (("entropy", entropy), ("kl", kl), ("sampling_logps", sampling_logps)):
         if x is not None:
             validation.check_shape(name, x, logps.shape, "one per token, as logps")
-    tokens = replace(tokens, logps=logps, entropy=entropy, mask=mask)
+    name = backends.choose(backend, logps.device)
+    weights, counts = _weights(objective, tokens, mask, normalizer, logps.dtype, name)
     batch = _Batch(
         mask=mask,
-        live=_live(objective, tokens, mask),
-        weights=objective.token_weights(mask, normalizer, logps.dtype, tokens.sequences),
+        live=None,
+        weights=weights,
+        counts=counts,
         sampling_logps=sampling_logps,
         entropy_normalizer=entropy_normalizer,
         entropy_threshold=entropy_threshold,
@@ -112,7 +115,7 @@ def policy_loss(
         advantages=advantages.detach(),
     )
     batch.check(objective, tokens)
-    out = _evaluate(objective, tokens, batch, backends.choose(backend, logps.device))
+    out = _evaluate(objective, tokens, batch, name)
     if not objective.exact_kl:
         return out
     if kl is None:
@@ -126,8 +129,9 @@ class _Batch:
     """What a form knows of its batch beside the tokens' values."""
 
     mask: Tensor  # tokens that count
-    live: Tensor  # tokens that may carry a gradient
-    weights: Tensor  # of each token's loss
+    live: Tensor | None  # tokens that may carry a gradient; None: as the objective says of the tokens
+    weights: Tensor  # of each token's loss, in a shape that broadcasts; of no meaning outside the mask
+    counts: Tensor | None = None  # (B,) tokens of the mask in each row, where a kernel of the CPU may run
     sampling_logps: Tensor | None
     entropy_normalizer: Tensor | float | None
     entropy_threshold: Tensor | float | None
@@ -153,14 +157,33 @@ class _Batch:
         return objective.entropy_weights(chosen, self.entropy_normalizer, self.weights.dtype)
 
 
+def _weights(
+    objective: PolicyObjective,
+    tokens: TokenBatch,
+    mask: Tensor,
+    normalizer: Tensor | float | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Weights of the tokens, and where a kernel of the CPU may run the tokens of each row, from which they follow."""
+    if backend != "cpu" or mask.ndim != 2 or torch.compiler.is_compiling() or not _fit_a_kernel(tokens):
+        return objective.token_weights(mask, normalizer, dtype, tokens.sequences), None
+    counts = backends.load("cpu").row_counts(mask, dtype)  # type: ignore[attr-defined]
+    return objective.row_weights(mask, normalizer, counts), counts
+
+
 def _live(objective: PolicyObjective, tokens: TokenBatch, mask: Tensor) -> Tensor:
     return objective.live_tokens(advantages=tokens.advantages, mask=mask, importance_ratio=tokens.gate)
 
 
 def _evaluate(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, backend: str) -> LossOutput:
-    scored, entry = tokens.mask, objective.surrogate
+    scored, entry, live = tokens.mask, objective.surrogate, batch.live
     assert scored is not None  # both callers set it
-    logps = torch.where(scored, tokens.logps, 0.0)
+    fast = objective.entropy_coef == 0 and _surrogate_serves(objective, tokens, batch)
+    gated = objective.top_entropy_quantile < 1 or objective.off_policy_mask_threshold is not None
+    if live is None and (gated or not fast):  # before a gate of ours joins the importance ratio
+        live = _live(objective, tokens, batch.mask)
+    logps = tokens.logps if fast else torch.where(scored, tokens.logps, 0.0)
     bonus_mask = scored
     if objective.top_entropy_quantile < 1:
         if tokens.entropy is None:
@@ -175,8 +198,15 @@ def _evaluate(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, bac
         keep = on_policy(inside, clean(batch.sampling_logps, scored), objective.off_policy_mask_threshold)
         tokens = replace(tokens, gate=_times(clean(tokens.gate, scored), keep.to(logps.dtype)))
     if entry.covariance and tokens.selected is None:
-        inside = replace(tokens, logps=logps.detach(), old_logps=clean(tokens.old_logps, scored))
-        tokens = replace(tokens, selected=by_covariance(objective, inside))
+        if fast:
+            selected = fast_by_covariance(objective, tokens)
+        else:
+            inside = replace(tokens, logps=logps.detach(), old_logps=clean(tokens.old_logps, scored))
+            selected = by_covariance(objective, inside)
+        tokens = replace(tokens, selected=selected)
+    if fast:
+        return _by_kernel(objective, tokens, batch, live)
+    assert live is not None  # only the kernel can do without
     bonus_weights = batch.bonus_weights(objective, bonus_mask)
     if bonus_weights is not None and tokens.entropy is None:
         raise ValueError("entropy: needed by entropy_coef")
@@ -185,20 +215,9 @@ def _evaluate(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, bac
             tokens = replace(tokens, entropy=tokens.entropy.detach())  # no edge of the graph where no gradient flows
         differentiable = (x for x in (tokens.logps, tokens.entropy) if x is not None)
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
-        loss, sums, *_ = _policy_terms(objective, tokens, batch, bonus_weights, gradients, backend)
+        loss, sums, *_ = _policy_terms(objective, tokens, batch, live, bonus_weights, gradients, backend)
         metrics, policy = _metrics_from_sums(objective, tokens, sums)
         metrics["policy_loss"] = policy
-        return LossOutput(loss, logps.detach(), metrics)
-    if bonus_weights is None and _surrogate_serves(objective, tokens, batch.weights, backend):
-        gradients = torch.is_grad_enabled() and tokens.logps.requires_grad
-        constants = replace(tokens, entropy=None if tokens.entropy is None else tokens.entropy.detach())
-        arguments = (constants, batch.weights, batch.mask, batch.live, objective, gradients)
-        loss, sums = ops.SurrogateTermsFunction.apply(tokens.logps, *arguments)
-        if objective.preset in (None, "trl") and entry.clipped is not None and objective.loss_type != "cispo":
-            metrics, _ = _metrics_from_sums(objective, tokens, sums[:, : len(TermSums._fields)])
-        else:
-            metrics = metrics_from_sums(objective, sums, logps.dtype, tokens.entropy is not None)
-        metrics["policy_loss"] = loss.detach()
         return LossOutput(loss, logps.detach(), metrics)
     vectors = ("entropy", "advantages", "old_logps", "ref_logps", "gate")
     given: dict[str, Any] = {name: clean(getattr(tokens, name), scored) for name in vectors}
@@ -207,17 +226,37 @@ def _evaluate(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, bac
     loss = policy = weighted_terms(objective, tokens, batch.weights, None).sum()
     if entry.empty_loss and objective.aggregation in (None, entry.aggregation):
         loss = policy = policy + _empty_sequences(tokens, batch)
-    metrics = objective.metrics(tokens, batch.mask, batch.live)
+    metrics = objective.metrics(tokens, batch.mask, live)
     metrics["policy_loss"] = policy.detach()
     if bonus_weights is not None and tokens.entropy is not None:
         loss = policy - (tokens.entropy * bonus_weights).sum()
     return LossOutput(loss, logps.detach(), metrics)
 
 
+def _by_kernel(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, live: Tensor | None) -> LossOutput:
+    """Loss, gradient and metrics from the CPU's kernel of policy terms."""
+    leaf, dtype, entry = tokens.logps, tokens.logps.dtype, objective.surrogate
+    gradients = torch.is_grad_enabled() and leaf.requires_grad
+    entropy = None if tokens.entropy is None else tokens.entropy.detach()
+    tokens = replace(tokens, logps=leaf.detach(), entropy=entropy)
+    kernel = backends.load("cpu").surrogate_terms  # type: ignore[attr-defined]
+    made = kernel(objective.surrogate_spec, tokens, batch.weights, batch.mask, live, gradients=gradients)
+    policy = made.totals[0]
+    if entry.empty_loss and objective.aggregation in (None, entry.aggregation):
+        policy += _empty_sequences(tokens, batch).item()
+    if gradients:
+        loss = ops.SurrogateTermsFunction.apply(leaf, made.grad_logps, policy, batch.weights, tokens, objective)
+    else:
+        loss = torch.tensor(policy, dtype=dtype)
+    own, shares = metrics_from_totals(objective, tokens, made.totals)
+    metrics = scalars({**own, "policy_loss": policy}, dtype) | scalars(shares, torch.get_default_dtype())
+    return LossOutput(loss, made.logps, metrics)
+
+
 def _empty_sequences(tokens: TokenBatch, batch: _Batch) -> Tensor:
     """TRL's term of sequences without tokens: ratio 1, so -A each; a constant. Nothing for advantages per token."""
-    sequences = tokens.sequences
-    empty = sequences.counts(batch.mask, tokens.logps.dtype) == 0
+    sequences, counts = tokens.sequences, batch.counts
+    empty = (sequences.counts(batch.mask, tokens.logps.dtype) if counts is None else counts) == 0
     if batch.advantages.shape != empty.shape:
         return tokens.logps.new_zeros(())
     denominator = max(1, sequences.count) if batch.normalizer is None else batch.normalizer
@@ -258,21 +297,18 @@ def _kernel_serves(
     )
 
 
-def _surrogate_serves(objective: PolicyObjective, tokens: TokenBatch, weights: Tensor, backend: str) -> bool:
+def _surrogate_serves(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch) -> bool:
     """Whether the CPU's kernel of the other policy terms may."""
-    return (
-        backend == "cpu"
-        and objective.surrogate_spec is not None
-        and tokens.selected is None
-        and not torch.compiler.is_compiling()
-        and _fit_a_kernel(tokens, weights)
-    )
+    if batch.counts is None or objective.kernel_spec is not None or objective.surrogate_spec is None:
+        return False
+    return _fit_a_kernel(tokens)
 
 
 def _policy_terms(
     objective: PolicyObjective,
     tokens: TokenBatch,  # (B, T)
     batch: _Batch,
+    live: Tensor,
     bonus_weights: Tensor | None,
     gradients: bool,
     backend: str,
@@ -282,7 +318,7 @@ def _policy_terms(
     run = ops.policy_terms if torch.compiler.is_compiling() else ops.PolicyTermsFunction.apply
     return run(
         tokens.logps, tokens.entropy, tokens.advantages, tokens.old_logps, tokens.ref_logps, tokens.gate, tokens.mask,
-        batch.mask, batch.live, batch.weights, bonus_weights, objective.handle, gradients, backend,  # type: ignore[attr-defined]
+        batch.mask, live, batch.weights.expand(tokens.logps.shape), bonus_weights, objective.handle, gradients, backend,  # type: ignore[attr-defined]
     )  # fmt: skip
 
 
@@ -414,11 +450,17 @@ def linear_policy_loss(
     )  # fmt: skip
     if sampling_logps is not None:
         validation.check_shape("sampling_logps", sampling_logps, shape, "one per token, as ids")
-    live = _live(objective, tokens, mask)
+    live, name = _live(objective, tokens, mask), backends.choose(backend, device)
+    local = objective.token_local and name != "reference"
+    if local:
+        weights, counts = objective.token_weights(mask, normalizer, dtype, tokens.sequences), None
+    else:
+        weights, counts = _weights(objective, tokens, mask, normalizer, dtype, name)
     batch = _Batch(
         mask=mask,
         live=live,
-        weights=objective.token_weights(mask, normalizer, dtype, tokens.sequences),
+        weights=weights,
+        counts=counts,
         sampling_logps=sampling_logps,
         entropy_normalizer=entropy_normalizer,
         entropy_threshold=entropy_threshold,
@@ -426,7 +468,6 @@ def linear_policy_loss(
         advantages=advantages.detach(),
     )
     batch.check(objective, tokens)
-    name = backends.choose(backend, device)
     head = {"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
     run = {"memory_budget": memory_budget, "capturable": capturable, "explain": explain}
     if weight_grad is not None:
@@ -440,7 +481,7 @@ def linear_policy_loss(
             "ref_hidden, ref_weight, ref_bias: only beta with kl_estimator 'full' reads a reference's head"
         )
 
-    if not objective.token_local or name == "reference":
+    if not local:
         scored = live
         if score_dead or objective.top_entropy_quantile < 1 or objective.surrogate.covariance:
             scored = mask
@@ -457,8 +498,8 @@ def linear_policy_loss(
         out = _evaluate(objective, tokens, batch, name)
     else:
         out = _single_pass(
-            objective, tokens, batch, hidden, weight, ids, head, run, needs_dead=score_dead, weight_grad=weight_grad,
-            tp_group=tp_group, grad_tolerance=grad_tolerance, backend=name,
+            objective, tokens, batch, live, hidden, weight, ids, head, run, needs_dead=score_dead,
+            weight_grad=weight_grad, tp_group=tp_group, grad_tolerance=grad_tolerance, backend=name,
         )  # fmt: skip
     if not objective.exact_kl:
         return out
@@ -466,8 +507,9 @@ def linear_policy_loss(
         raise ValueError("ref_hidden, ref_weight: needed by kl_estimator 'full'")
     if tp_group is not None:
         raise ValueError("tp_group: kl_estimator 'full' does not work on shards of the vocabulary")
+    weights = objective.beta * torch.where(mask, batch.weights, 0.0)
     term, kl = linear_divergence_sum(
-        hidden, weight, ref_hidden, ref_weight, objective.beta * batch.weights, kind="reverse_kl", ref_bias=ref_bias,
+        hidden, weight, ref_hidden, ref_weight, weights, kind="reverse_kl", ref_bias=ref_bias,
         ref_logit_scale=logit_scale, ref_softcap=softcap, backend=backend, memory_budget=memory_budget, **head,  # type: ignore[arg-type]
     )  # fmt: skip
     return _with_exact_kl(objective, out, term, kl, mask)
@@ -477,6 +519,7 @@ def _single_pass(
     objective: PolicyObjective,
     tokens: TokenBatch,
     batch: _Batch,
+    live: Tensor,
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
@@ -490,7 +533,7 @@ def _single_pass(
     backend: str,
 ) -> LossOutput:
     """Loss and gradients chunk by chunk: `token_loss` sees each chunk once, as vectors."""
-    shape, mask, live, bias = ids.shape, batch.mask, batch.live, head["bias"]
+    shape, mask, bias = ids.shape, batch.mask, head["bias"]
     softcap = head["softcap"]
     transform = LogitTransform(
         float(head["temperature"]), float(head["logit_scale"]), None if softcap is None else float(softcap)
@@ -519,7 +562,7 @@ def _single_pass(
     logps, entropy = logps.view(shape).detach(), entropy.view(shape).detach()
     tokens = replace(tokens, logps=logps, entropy=entropy, mask=mask if needs_dead else live)
     if _kernel_serves(objective, tokens, batch.weights, None, backend):
-        _, sums, *_ = _policy_terms(objective, tokens, batch, None, False, backend)
+        _, sums, *_ = _policy_terms(objective, tokens, batch, live, None, False, backend)
         metrics, _ = _metrics_from_sums(objective, tokens, sums)
     else:
         metrics = objective.metrics(tokens, mask, live)

@@ -15,6 +15,8 @@ def checked_tokens(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    logps: Tensor | None = None,  # shape
+    entropy: Tensor | None = None,  # shape
     advantages: Tensor,  # (B,) or shape
     mask: Tensor,  # shape
     old_logps: Tensor | None = None,  # shape
@@ -24,7 +26,7 @@ def checked_tokens(
     cu_seqlens: Tensor | None = None,  # (B + 1,)
     ratio_inside: bool = False,
 ) -> tuple[TokenBatch, Tensor]:
-    """The constants of a batch, cast (logps stand in by advantages until they are known), and its mask.
+    """The tokens of a batch, constants cast (advantages stand in for logps until they are known), and its mask.
 
     ratio_inside: importance_ratio is no factor of the loss; it goes to the field of its name instead of the gate.
 
@@ -51,18 +53,22 @@ def checked_tokens(
             validation.check_device(name, x, device)
 
     def constant(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.detach().to(dtype)
+        if x is None:
+            return None
+        return x.detach() if x.dtype == dtype else x.detach().to(dtype)  # `to` takes longer than the rest
 
-    adv, ratio = advantages.detach().to(dtype), constant(importance_ratio)
+    adv, ratio = constant(advantages), constant(importance_ratio)
+    assert adv is not None  # advantages are
     adv = sequences.spread(adv) if per_sequence else adv
     gate = None if ratio_inside else ratio
     if cu_seqlens is not None and gate is not None and gate.ndim == 2:
         gate = sequences.spread(gate.squeeze(-1))
     tokens = TokenBatch(
-        adv, None, adv, constant(old_logps), constant(ref_logps), gate, None,
+        adv if logps is None else logps, entropy, adv, constant(old_logps), constant(ref_logps), gate,
         sequences=sequences,
         per_sequence=per_sequence or (cu_seqlens is None and adv.shape[-1] == 1),
         importance_ratio=ratio if ratio_inside else None,
+        mask=checked,
         selected=None if selected is None else selected != 0,
     )  # fmt: skip
     return tokens, checked

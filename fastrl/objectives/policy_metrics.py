@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -166,40 +167,76 @@ def openrlhf_metrics(
 # From the sums of the CPU's kernel ------------------------------------------------------------------------------------
 
 # verl's two fractions; None: 0.
-_FRACTIONS: Mapping[str, tuple[str | None, str | None]] = {
+_FRACTIONS: Mapping[str, tuple[str | None, ...]] = {
     **dict.fromkeys(("grpo", "dr_grpo", "dapo", "ppo", "dppo_tv", "dppo_kl"), ("clipped", "capped")),
     "gspo": ("clipped", None),
     "sapo": (None, None),
     "cispo": ("outside", None),
+    "gmpo": ("outside", "capped"),
+    "clip_cov": ("selected",),
 }
+_COLUMNS = (*TermSums._fields, *SurrogateSums._fields, "lowest", "highest")
 
 
-def metrics_from_sums(objective: PolicyObjective, sums: Tensor, dtype: torch.dtype, entropy: bool) -> dict[str, Tensor]:
-    """What `PolicyObjective.metrics` computes, in its dtypes, for a loss type without a clip per sequence.
+def metrics_from_totals(
+    objective: PolicyObjective, tokens: TokenBatch, totals: list[float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What `PolicyObjective.metrics` computes: values of the dtype of logps, and of the default dtype.
 
-    sums: (B, 13), the columns of `TermSums`, then of `SurrogateSums`.
+    totals: see `SurrogateTerms`; nothing here is as long as the batch.
     """
-    total = sums.sum(0)
-    means = dict(zip(_COLUMNS, (total / total[4].clamp(min=1)).to(dtype).unbind(), strict=True))
-    means["clipped"] = means["low"] + means["high"]
-    shares = (total[6:9] / total[5].clamp(min=1)).to(torch.get_default_dtype()).unbind()  # live, low, high
-    out = {"live_fraction": shares[0]}
-    if entropy:
-        out["entropy"] = means["entropy"]
+    total = dict(zip(_COLUMNS, totals, strict=True))
+    counted, scored = max(1.0, total["counted"]), max(1.0, total["scored"])
+    shares = {"live_fraction": total["live"] / counted}
+    own = {} if tokens.entropy is None else {"entropy": total["entropy"] / scored}
+    total["clipped"] = total["low"] + total["high"]
     if objective.preset == "openrlhf":
-        return out | {"clip_ratio": means["clipped"], "ppo_kl": -means["drift"]}
-    if objective.preset != "verl":
-        return out | ({"cispo_clip_ratio": shares[2]} if objective.loss_type == "cispo" else {})
+        own |= {"clip_ratio": total["clipped"] / scored, "ppo_kl": -total["drift"] / scored}
+    elif objective.preset == "verl":
+        own |= {name: x / scored for name, x in _verl_sums(objective, total).items()}
+    else:
+        rows = tokens.logps.shape[0] if tokens.advantages.shape[-1] == 1 else None
+        _trl_totals(objective, total, counted, rows, own, shares)
+    return own, shares
+
+
+def _verl_sums(objective: PolicyObjective, total: Mapping[str, float]) -> dict[str, float]:
     if objective.loss_type == "gpg":
-        return out
-    out["actor/ppo_kl"] = -means["drift" if objective.sequence_ratio else "log_ratio"]
-    if objective.loss_type in _FRACTIONS:
-        names = ("actor/pg_clipfrac", "actor/pg_clipfrac_lower")
-        nothing = torch.zeros_like(means["low"])
-        out |= {
-            k: nothing if x is None else means[x] for k, x in zip(names, _FRACTIONS[objective.loss_type], strict=True)
-        }
-    return out
+        return {}
+    drift = -total["drift" if objective.sequence_ratio else "log_ratio"]
+    out = {"actor/ppo_kl": -drift if objective.loss_type == "kl_cov" else drift}
+    columns = _FRACTIONS.get(objective.loss_type, ())
+    names = ("actor/pg_clipfrac", "actor/pg_clipfrac_lower")
+    return out | {name: 0.0 if x is None else total[x] for name, x in zip(names, columns, strict=False)}
 
 
-_COLUMNS = (*TermSums._fields, *SurrogateSums._fields)
+def _trl_totals(
+    objective: PolicyObjective,
+    total: Mapping[str, float],
+    counted: float,
+    rows: int | None,  # B, where advantages are those of rows
+    own: dict[str, float],
+    shares: dict[str, float],
+) -> None:
+    """Adds what `trl_metrics` computes."""
+    entry = objective.surrogate
+    if objective.loss_type == "vespo":
+        number = max(1.0, total["scored"]) if rows is None else rows
+        own["vespo/phi_seq_mean"] = total["phi"] / number if number else math.nan
+    if entry.covariance:
+        shares[f"{objective.loss_type}/selected_mean"] = total["selected"] / counted
+    if entry.clipped is None:
+        return
+    if objective.loss_type == "cispo":
+        shares["cispo_clip_ratio"] = total["high"] / counted
+        return
+    of_rows = objective.sequence_ratio and rows is not None
+    out, number = (own, rows or math.nan) if of_rows else (shares, counted)
+    for name, column in (("low", "low"), ("high", "high"), ("region", "clipped")):
+        out[f"clip_ratio/{name}_mean"] = total[column] / number
+    out["clip_ratio/low_min"], out["clip_ratio/high_max"] = total["lowest"], total["highest"]
+
+
+def scalars(values: Mapping[str, float], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Each value as a tensor."""
+    return dict(zip(values, torch.tensor(list(values.values()), dtype=dtype).unbind(), strict=True))

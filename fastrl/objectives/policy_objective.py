@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastrl_kernels import TokenBatch, register_objective
 from fastrl_kernels.objective import PolicySpec, SurrogateSpec
 
-from .aggregation import AGGREGATIONS, aggregation_weights
+from .aggregation import AGGREGATIONS, aggregation_weights, row_weights
 from .kl import KL_ESTIMATORS, kl_estimate
 from .policy_metrics import masked_mean, openrlhf_metrics, trl_metrics, verl_metrics
 from .sequences import Sequences
@@ -24,9 +25,13 @@ from .surrogates import (
     Function,
     Surrogate,
     clipped,
+    covariance_clipped,
+    covariance_penalised,
     divergence_mask_kl,
     divergence_mask_tv,
     dual_clipped,
+    gamma_weighted,
+    geometric_mean,
     log_likelihood,
     log_ratio,
     quadratic,
@@ -198,11 +203,11 @@ class PolicyObjective:
 
     # What is true of the loss type, under the preset -----------------------------------------------------------------
 
-    @property
+    @cached_property
     def conventions(self) -> Conventions:
         return PRESETS[self.preset]
 
-    @property
+    @cached_property
     def surrogate(self) -> Surrogate:
         return self.conventions.losses[self.loss_type]
 
@@ -281,9 +286,21 @@ class PolicyObjective:
 
         That is where the kernel computes something else, or a subclass overrides any method that it would bypass.
         """
+        return self._kernel_spec if self._is_the_definition else None
+
+    @property
+    def surrogate_spec(self) -> SurrogateSpec | None:
+        """The same for the CPU's kernel of the other policy terms; None where it must not stand in either."""
+        return self._surrogate_spec if self._is_the_definition else None
+
+    @property
+    def _is_the_definition(self) -> bool:
+        kind = type(self)
+        return all(getattr(kind, name) is method for name, method in _DEFINITION)
+
+    @cached_property
+    def _kernel_spec(self) -> PolicySpec | None:
         entry = self.surrogate
-        if any(getattr(type(self), name) is not method for name, method in _DEFINITION.items()):
-            return None
         if entry.loss is not clipped or entry.log_ratio_bounds is not None:
             return None
         if self._level not in ("token", "sequence") or _METRICS[self.preset] is not trl_metrics:
@@ -300,26 +317,31 @@ class PolicyObjective:
             sequence=self.sequence_ratio,
         )
 
-    @property
-    def surrogate_spec(self) -> SurrogateSpec | None:
-        """The same for the CPU's kernel of the other policy terms; None where it must not stand in either."""
-        entry, overridden = self.surrogate, any(getattr(type(self), k) is not f for k, f in _DEFINITION.items())
-        kind = _KERNEL_SURROGATES.get(entry.loss)
-        if kind is None or overridden or self._level not in ("token", "sequence-token"):
-            return None
-        if self.sampled_kl or self.nll_coef != 0 or self.delta is not None:
+    @cached_property
+    def _surrogate_spec(self) -> SurrogateSpec | None:
+        entry = self.surrogate
+        kind, level = _KERNEL_SURROGATES.get(entry.loss), _KERNEL_LEVELS.get(self._level)
+        if kind is None or level is None or self.sampled_kl or self.nll_coef != 0 or self.delta is not None:
             return None
         steps = kind in ("variation", "divergence")
-        low, high = (self.epsilon, self._epsilon_high) if steps else self.ratio_bounds
+        low, high = self.ratio_bounds
+        if steps:
+            low, high = self.epsilon, self._epsilon_high
+        elif kind == "geometric":
+            low, high = -self.epsilon, self._epsilon_high
         return SurrogateSpec(
             kind,
             low,
             high,
             cap=self.ratio_cap if steps or entry.loss is dual_clipped else math.inf,
             log_bounds=entry.log_ratio_bounds or (-math.inf, math.inf),
-            row_mean=self._level == "sequence-token",
+            level=level,
             temperatures=(self.sapo_temperature_pos, self.sapo_temperature_neg),
-            coef=self.dro_beta,
+            coef=self.ppo_kl_coef if kind == "penalised" else self.dro_beta,
+            gammas=(self.vespo_k_pos, self.vespo_lambda_pos, self.vespo_k_neg, self.vespo_lambda_neg),
+            length_eps=self.conventions.length_eps,
+            reads_padding=entry.reads_padding,
+            moved=entry.dead_without_advantage,
         )
 
     # The definition --------------------------------------------------------------------------------------------------
@@ -353,16 +375,26 @@ class PolicyObjective:
     ) -> Tensor:
         """Weight of each token's loss in the sum, in the shape of mask; 0 outside it. See `aggregation_weights`."""
         sequences = Sequences.padded(mask.shape[0]) if sequences is None else sequences
+        aggregation, numbers = self._aggregated(mask, normalizer, sequences.count)
+        return aggregation_weights(aggregation, mask, sequences, **numbers, dtype=dtype)
+
+    def row_weights(self, mask: Tensor, normalizer: Tensor | float | None, counts: Tensor) -> Tensor:
+        """The weights of a padded batch's tokens, `(B, 1)`, from the tokens of the mask in each row, `(B,)`."""
+        aggregation, numbers = self._aggregated(mask, normalizer, counts.shape[0])
+        return row_weights(aggregation, counts, **numbers)
+
+    def _aggregated(
+        self, mask: Tensor, normalizer: Tensor | float | None, sequences: int
+    ) -> tuple[str, dict[str, Any]]:
+        """The aggregation, and the numbers that it takes."""
         entry, origin = self.surrogate, self.conventions
         aggregation, length = self.aggregation or entry.aggregation, None
         if aggregation == "seq-mean-token-sum-norm":
             length = 1.0 if normalizer is not None else self._length(mask)
         if normalizer is None and aggregation.startswith("seq-") and (origin.counts_empty or entry.per_sequence):
-            normalizer = max(1, sequences.count)
+            normalizer = max(1, sequences)
         eps = 0.0 if entry.per_sequence else origin.length_eps
-        return aggregation_weights(
-            aggregation, mask, sequences, normalizer=normalizer, length=length, eps=eps, dtype=dtype
-        )
+        return aggregation, {"normalizer": normalizer, "length": length, "eps": eps}
 
     def _length(self, mask: Tensor) -> float:
         if self.max_completion_length is not None:
@@ -395,9 +427,14 @@ class PolicyObjective:
 
 _LEVEL = "importance_sampling_level"
 _KERNEL_ESTIMATORS = ("k1", "k2", "k3")
+_KERNEL_LEVELS = {"token": "token", "sequence-token": "row_mean", "product": "row_sum"}
 _KERNEL_SURROGATES: dict[Function, str] = {
     clipped: "clipped",
     dual_clipped: "clipped",
+    covariance_clipped: "clipped",
+    covariance_penalised: "penalised",
+    gamma_weighted: "gamma",
+    geometric_mean: "geometric",
     truncated_ratio: "truncated",
     log_likelihood: "likelihood",
     soft_gate: "soft",
@@ -407,9 +444,10 @@ _KERNEL_SURROGATES: dict[Function, str] = {
 }
 
 # The definition that the fused kernel stands in for, as it is here: a subclass or a patch that differs is not bypassed.
-_DEFINITION = {
-    name: getattr(PolicyObjective, name) for name in ("token_loss", "metrics", "_ratio", "_kl", "_epsilon_high")
-}
+_DEFINITION = tuple(
+    (name, getattr(PolicyObjective, name))
+    for name in ("token_loss", "metrics", "_ratio", "_kl", "_epsilon_high", "live_tokens")
+)
 
 
 def _rebuild(kind: type[PolicyObjective], arguments: dict[str, Any]) -> PolicyObjective:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastrl_kernels import TokenBatch
+from fastrl_kernels import TokenBatch, backends
 
 from .policy_inputs import checked_tokens, clean
 from .surrogates import mask_of, ratio_clipped, sequences_in
@@ -58,6 +58,21 @@ def by_covariance(objective: PolicyObjective, tokens: TokenBatch, scores: Tensor
     scores = torch.rand_like(logps) if scores is None else scores
     candidates = between & ~(low | high)
     return _largest(torch.where(candidates, scores, -torch.inf), objective.clip_cov_ratio, mask)
+
+
+@torch.no_grad()
+def fast_by_covariance(objective: PolicyObjective, tokens: TokenBatch) -> Tensor:
+    """`by_covariance` with a kernel of the CPU; where all candidates of clip_cov are taken, nothing is drawn."""
+    kernel, mask = backends.load("cpu").covariances, mask_of(tokens)  # type: ignore[attr-defined]
+    if objective.loss_type == "kl_cov":
+        covariance, _ = kernel(tokens, objective.ratio_bounds, None)
+        return _largest(covariance, objective.kl_cov_ratio, mask)
+    bounds = objective.clip_cov_lb, objective.clip_cov_ub
+    candidates, found = kernel(tokens, objective.ratio_bounds, bounds)
+    if found <= max(1, int(objective.clip_cov_ratio * int(mask.sum()))):
+        return candidates
+    scores = torch.where(candidates, torch.rand_like(tokens.logps), -torch.inf)
+    return _largest(scores, objective.clip_cov_ratio, mask)
 
 
 def covariance_tokens(

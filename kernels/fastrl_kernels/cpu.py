@@ -17,11 +17,12 @@ from . import _C  # type: ignore[attr-defined]
 from .head import LogitTransform
 from .native import NativeKernels, matrix, pointer, vector
 from .objective import (
+    LEVELS,
     SURROGATES,
     PolicySpec,
     PolicyTerms,
     SurrogateSpec,
-    SurrogateSums,
+    SurrogateTerms,
     TermSums,
     TokenBatch,
 )
@@ -114,31 +115,78 @@ def policy_terms(
 def surrogate_terms(
     spec: SurrogateSpec,
     tokens: TokenBatch,
-    token_weight: Tensor,
+    row_weight: Tensor,
     mask: Tensor,
-    live: Tensor,
+    live: Tensor | None,
     *,
     gradients: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Sums of each row, (B, 13): the columns of `TermSums`, then of `SurrogateSums`; and the gradient in logps."""
+) -> SurrogateTerms:
+    """Loss, metrics and gradient in logps of (B, T) tokens; see `objective.SurrogateTerms`.
+
+    row_weight: (B, 1), of each token's loss. live: (B, T) bool; None: what `spec.moved` says.
+    """
     shape, dtype, device = tokens.logps.shape, tokens.logps.dtype, tokens.logps.device
-    rows, cols = shape
-    vectors = ("logps", "entropy", "advantages", "old_logps", "gate")
-    given = {k: matrix(k, getattr(tokens, k), shape, dtype, device, k in ("advantages", "gate")) for k in vectors}
-    weight = matrix("token_weight", token_weight, shape, dtype, device)
-    names = ("mask of the tokens", "mask", "live")
-    masks = [matrix(k, x, shape, torch.bool, device) for k, x in zip(names, (tokens.mask, mask, live), strict=True)]
-    spread = {k: x is not None and x.shape[1] == 1 for k, x in given.items()}
-    sums = torch.empty(rows, len(TermSums._fields) + len(SurrogateSums._fields), dtype=torch.float64)
+
+    def vector(name: str, x: Tensor | None) -> Tensor | None:
+        return matrix(name, x, shape, dtype, device)
+
+    def spread(name: str, x: Tensor | None) -> tuple[Tensor | None, bool]:
+        x = matrix(name, x, shape, dtype, device, per_row=True)
+        return x, x is not None and x.shape[1] == 1
+
+    def flags(name: str, x: Tensor | None) -> Tensor | None:
+        return matrix(name, x, shape, torch.bool, device)
+
+    logps, entropy, old = vector("logps", tokens.logps), vector("entropy", tokens.entropy), tokens.old_logps
+    old = vector("old_logps", old)
+    advantages, row_advantages = spread("advantages", tokens.advantages)
+    gate, row_gate = spread("gate", tokens.gate)
+    mismatch, row_mismatch = spread("importance_ratio", tokens.importance_ratio)
+    weight = matrix("row_weight", row_weight, torch.Size((shape[0], 1)), dtype, device)
+    scored = flags("mask of the tokens", tokens.mask)
+    counted = scored if mask is tokens.mask else flags("mask", mask)
+    live, selected = flags("live", live), flags("selected", tokens.selected)
     grad = torch.empty(shape, dtype=dtype) if gradients else None
-    _C.surrogate_terms(
-        dtype == torch.float64, rows, cols, pointer(given["logps"]), pointer(given["entropy"]),
-        pointer(given["advantages"]), spread["advantages"], pointer(given["old_logps"]), pointer(given["gate"]),
-        spread["gate"], *(pointer(x) for x in masks), pointer(weight), SURROGATES.index(spec.surrogate), spec.row_mean,
-        spec.low, spec.high, spec.cap, *spec.log_bounds, *spec.temperatures, spec.coef, pointer(grad), pointer(sums),
+    scored_logps = torch.empty(shape, dtype=dtype)
+    totals = _C.surrogate_terms(
+        dtype == torch.float64, *shape, pointer(logps), pointer(entropy), pointer(advantages), row_advantages,
+        pointer(old), pointer(gate), row_gate, pointer(mismatch), row_mismatch, pointer(scored), pointer(counted),
+        pointer(live), pointer(selected), pointer(weight), spec.moved, SURROGATES.index(spec.surrogate),
+        LEVELS.index(spec.level), spec.low, spec.high, spec.cap, *spec.log_bounds, *spec.temperatures, spec.coef,
+        *spec.gammas, spec.length_eps, spec.reads_padding, pointer(grad), pointer(scored_logps),
         torch.get_num_threads(),
     )  # fmt: skip
-    return sums, grad
+    return SurrogateTerms(totals, grad, scored_logps)
+
+
+def covariances(
+    tokens: TokenBatch, ratio_bounds: tuple[float, float], bounds: tuple[float, float] | None
+) -> tuple[Tensor, int]:
+    """`(A - mean A)(logps - mean logps)` of (B, T) tokens over those of the mask that are finite; -inf elsewhere.
+
+    With bounds instead the tokens, bool, whose covariance is within them and whose ratio is not clipped to
+    ratio_bounds; and their number (0 without bounds).
+    """
+    shape, dtype, device = tokens.logps.shape, tokens.logps.dtype, tokens.logps.device
+    logps, old = (matrix(k, getattr(tokens, k), shape, dtype, device) for k in ("logps", "old_logps"))
+    advantages = matrix("advantages", tokens.advantages, shape, dtype, device, per_row=True)
+    scored = matrix("mask of the tokens", tokens.mask, shape, torch.bool, device)
+    assert advantages is not None  # a TokenBatch has them
+    made = torch.empty(shape, dtype=dtype if bounds is None else torch.bool)
+    count = _C.covariances(
+        dtype == torch.float64, *shape, pointer(logps), pointer(old), pointer(advantages),
+        advantages.shape[1] == 1, pointer(scored), *ratio_bounds, *(bounds or (0.0, 0.0)),
+        pointer(made if bounds is None else None), pointer(None if bounds is None else made), torch.get_num_threads(),
+    )  # fmt: skip
+    return made, int(count) if bounds is not None else 0
+
+
+def row_counts(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tokens of a mask (B, T), bool, in each row: (B,) of fp32 or fp64."""
+    mask = mask.contiguous()
+    counts = torch.empty(mask.shape[0], dtype=dtype)
+    _C.count_rows(dtype == torch.float64, *mask.shape, mask.data_ptr(), counts.data_ptr())
+    return counts
 
 
 def divergence_rows(

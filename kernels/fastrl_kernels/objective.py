@@ -62,21 +62,30 @@ class PolicySpec:
 
 
 # Policy terms of the CPU's second kernel, in its order; see `fastrl.objectives.surrogates` for the formulas.
-SURROGATES = ("clipped", "truncated", "likelihood", "soft", "quadratic", "variation", "divergence")
+SURROGATES = (
+    "clipped", "truncated", "likelihood", "soft", "quadratic", "variation", "divergence", "penalised", "gamma",
+    "geometric",
+)  # fmt: skip
+# What a token's ratio is made of: its log-ratio; its row's mean, with the gradient of the token's own; its row's sum.
+LEVELS = ("token", "row_mean", "row_sum")
 
 
 @dataclass(frozen=True)
 class SurrogateSpec:
-    """The numbers of a policy term that needs no other token: all that `cpu.surrogate_terms` is told of it."""
+    """The numbers of a policy term that needs its own row at most: all that `cpu.surrogate_terms` is told of it."""
 
     surrogate: str  # one of SURROGATES
     low: float  # the ratio is clipped to [low, high]; "variation", "divergence": largest step down and up
-    high: float
+    high: float  # "geometric": the log-ratio is
     cap: float = math.inf  # of the ratio where the advantage is negative ("clipped"), or anywhere (those two)
     log_bounds: tuple[float, float] = (-math.inf, math.inf)  # of the log-ratio, without a gradient beyond them
-    row_mean: bool = False  # the log-ratio is its row's mean, with the gradient of the token's own
+    level: str = "token"  # one of LEVELS; "row_sum" goes with "clipped" only
     temperatures: tuple[float, float] = (1.0, 1.0)  # "soft": where the advantage is positive, and where not
-    coef: float = 0.0  # "quadratic"
+    coef: float = 0.0  # "quadratic", "penalised"
+    gammas: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # "gamma": k, lambda where A >= 0, then elsewhere
+    length_eps: float = 0.0  # "geometric": added to the length of a row
+    reads_padding: bool = False  # "gamma": the importance ratios outside the mask count too
+    moved: bool = True  # a token of advantage 0 or gate 0 carries no gradient
 
 
 class TermSums(NamedTuple):
@@ -97,9 +106,20 @@ class SurrogateSums(NamedTuple):
     """What `cpu.surrogate_terms` adds to the columns of `TermSums` (bonus and kl are 0 there)."""
 
     outside: Tensor  # scored tokens whose ratio is outside the bounds, whatever their advantage
-    capped: Tensor
-    log_ratio: Tensor  # sum over the scored tokens, within log_bounds
+    capped: Tensor  # "geometric": outside of negative advantage, where `outside` has the positive ones
+    log_ratio: Tensor  # sum over the scored tokens, within log_bounds; "penalised": of absolute values
     drift: Tensor  # the same without bounds
+    selected: Tensor  # scored tokens of `TokenBatch.selected`
+    phi: Tensor  # "gamma": sum of the weights of the scored tokens; for one advantage per row: the row's weight
+
+
+class SurrogateTerms(NamedTuple):
+    """What `cpu.surrogate_terms` returns."""
+
+    totals: list[float]  # of all rows: the columns of `TermSums` and of `SurrogateSums`, then of the rows that have a
+    #   token the smallest share that is clipped from below and the largest from above; NaN where there is none
+    grad_logps: Tensor | None  # (B, T) gradient of the loss
+    logps: Tensor  # (B, T), 0 where not scored
 
 
 class PolicyTerms(NamedTuple):

@@ -709,38 +709,36 @@ class PolicyTermsFunction(torch.autograd.Function):
 
 
 class SurrogateTermsFunction(torch.autograd.Function):
-    """Loss of an objective with a `surrogate_spec` on the CPU, and (B, 13) sums; where nothing is traced."""
+    """Loss of an objective with a `surrogate_spec`, whose value and gradient are given; where nothing is traced."""
 
     @staticmethod
     def forward(
         ctx: Any,
         logps: Tensor,  # (B, T)
+        grad: Tensor,  # (B, T)
+        loss: float,
+        weight: Tensor,  # (B, 1)
         tokens: TokenBatch,  # constants, and logps again
-        weight: Tensor,  # (B, T)
-        mask: Tensor,  # (B, T) bool
-        live: Tensor,  # (B, T) bool
         objective: TokenObjective,
-        gradients: bool,
-    ) -> tuple[Tensor, Tensor]:
-        spec = objective.surrogate_spec  # type: ignore[attr-defined]
-        kernel = backends.load("cpu").surrogate_terms  # type: ignore[attr-defined]
-        sums, grad = kernel(spec, replace(tokens, logps=logps), weight, mask, live, gradients=gradients)
-        ctx.mark_non_differentiable(sums)
-        ctx.save_for_backward(logps, weight, grad)
-        ctx.tokens, ctx.objective = replace(tokens, logps=logps.new_empty(0)), objective
-        return sums[:, 0].sum().to(logps.dtype), sums
+    ) -> Tensor:
+        ctx.save_for_backward(logps, grad)
+        ctx.weight, ctx.tokens, ctx.objective = weight, tokens, objective
+        return torch.tensor(loss, dtype=logps.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        logps, weight, grad = ctx.saved_tensors
-        nothing = [None] * 6
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        logps, grad = ctx.saved_tensors
+        nothing = [None] * 5
         if not torch.is_grad_enabled():
             return grad_loss * grad, *nothing
         # create_graph: this gradient will be differentiated, so it comes from the definition.
-        vectors = {k: x for k, x in vars(ctx.tokens).items() if isinstance(x, Tensor) and x.shape == logps.shape}
-        inside = {k: x if x.dtype == torch.bool else torch.where(ctx.tokens.mask, x, 0.0) for k, x in vectors.items()}
-        tokens = replace(ctx.tokens, **{**inside, "logps": torch.where(ctx.tokens.mask, logps, 0.0)})
-        loss = weighted_terms(ctx.objective, tokens, weight, None).sum()
+        mask, given = ctx.tokens.mask, vars(ctx.tokens)
+        vectors = {k: given[k] for k in ("advantages", "old_logps", "gate")}
+        inside: dict[str, Any] = {
+            k: x if x is None or x.shape != mask.shape else torch.where(mask, x, 0.0) for k, x in vectors.items()
+        }
+        tokens = replace(ctx.tokens, **inside, logps=torch.where(mask, logps, 0.0), entropy=None)
+        loss = weighted_terms(ctx.objective, tokens, ctx.weight, None).sum()
         (grad,) = torch.autograd.grad(loss, logps, grad_loss, create_graph=True, allow_unused=True)
         return grad, *nothing
 

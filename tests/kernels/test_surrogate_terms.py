@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fastrl.objectives.policy import PolicyObjective, policy_loss
 from fastrl.objectives.surrogates import PRESETS
+from fastrl.objectives.token_selection import covariance_tokens
 from fastrl_kernels import cpu, ops
 from fastrl_kernels.objective import SURROGATES
 
@@ -53,6 +55,7 @@ def batch(dtype: torch.dtype, *, per_token: bool = False, gate: str = "none", ol
 
 def run(objective: PolicyObjective, given: dict[str, Any], backend: str) -> dict[str, Tensor]:
     leaf = given["logps"].detach().clone().requires_grad_()
+    torch.manual_seed(0)  # clip_cov draws
     out = policy_loss(leaf, objective, backend=backend, **{k: x for k, x in given.items() if k != "logps"})
     (grad,) = torch.autograd.grad(out.loss, leaf, torch.tensor(0.7, dtype=leaf.dtype))
     return {"loss": out.loss.detach(), "grad": grad, "logps": out.logps, **out.metrics}
@@ -79,6 +82,11 @@ def test_the_kernel_serves_what_it_should(monkeypatch: pytest.MonkeyPatch) -> No
         "dppo_tv",
         "dppo_kl",
         "gspo",
+        "clip_cov",
+        "kl_cov",
+        "vespo",
+        "gmpo",
+        "rloo",
     }
     assert {objective.surrogate_spec.surrogate for objective in ALL.values()} == set(SURROGATES)  # type: ignore[union-attr]
     seen = []
@@ -162,7 +170,63 @@ def test_same_bits_for_any_number_of_threads() -> None:
         assert all(torch.equal(x.nan_to_num(), other[name].nan_to_num()) for name, x in results[0].items())
 
 
-@pytest.mark.parametrize("name", ["verl ppo", "verl sapo", "verl dro", "None reinforce"])
+COVARIANCE = {"clip_cov_ratio": 0.02, "clip_cov_lb": -0.5, "clip_cov_ub": 1.0}  # more candidates than are taken
+
+
+@pytest.mark.parametrize("preset", [None, "verl"])
+@pytest.mark.parametrize("options", [{}, COVARIANCE, {**COVARIANCE, "clip_cov_ratio": 0.9}], ids=["few", "some", "all"])
+def test_the_tokens_of_a_covariance(preset: str | None, options: dict[str, Any]) -> None:
+    given = batch(torch.float64, per_token=True)
+    given["logps"][0, :2], given["advantages"][1, :2] = -torch.inf, torch.inf  # unknown covariances
+    given["mask"][:2, :2] = False
+    for objective in (
+        PolicyObjective(loss_type="clip_cov", preset=preset, **options),
+        PolicyObjective(loss_type="kl_cov", preset=preset, kl_cov_ratio=0.1),
+    ):
+        assert_same(objective, given)
+        chosen = covariance_tokens(objective, **{k: given[k] for k in ("logps", "advantages", "mask", "old_logps")})
+        assert 0 < int(chosen.sum()) < int(given["mask"].sum())
+        assert_same(objective, {**given, "selected": chosen})
+
+
+@pytest.mark.parametrize("preset", [None, "trl"])
+def test_vespo_with_importance_ratios(preset: str | None) -> None:
+    objective = PolicyObjective(loss_type="vespo", preset=preset)
+    for gate in ("token", "row"):
+        given = batch(torch.float64, gate=gate)
+        given["importance_ratio"][0, 0], given["importance_ratio"][1, 0] = 0.0, torch.inf
+        assert_same(objective, given)
+        leaf = given["logps"].clone().requires_grad_()
+        out = policy_loss(leaf, objective, backend="cpu", **{k: x for k, x in given.items() if k != "logps"})
+        (grad,) = torch.autograd.grad(out.loss, leaf, create_graph=True)  # from the definition
+        torch.testing.assert_close(grad, run(objective, given, "reference")["grad"] / 0.7, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["None clip_cov", "verl kl_cov", "None vespo", "trl gmpo", "trl rloo", "None sapo"])
+def test_masks_by_entropy_and_by_drift(name: str) -> None:
+    options: list[dict[str, Any]] = [{"top_entropy_quantile": 0.4}]
+    if not ALL[name].surrogate.per_sequence:
+        options.append({"off_policy_mask_threshold": 0.01, "top_entropy_quantile": 0.7})
+    for chosen in options:
+        assert_same(replace(ALL[name], **chosen), batch(torch.float64, gate="token"))
+
+
+@pytest.mark.parametrize("name", ["verl ppo", "None gmpo", "trl rloo"])
+def test_nothing_or_one_token(name: str) -> None:
+    given = batch(torch.float64)
+    given["mask"][:] = False
+    assert_same(ALL[name], given)
+    assert_same(ALL[name], {k: x[:, :1] if isinstance(x, Tensor) and x.ndim == 2 else x for k, x in given.items()})
+    given["mask"][0, 0] = True
+    given["logps"][0, 0], given["old_logps"][0, 0] = -1.0, -1.5
+    assert_same(ALL[name], given)
+    assert_same(ALL[name], {k: x[:0] if isinstance(x, Tensor) else x for k, x in given.items()})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["verl ppo", "verl sapo", "verl dro", "None reinforce", "None gmpo", "trl rloo", "verl kl_cov"],
+)
 def test_gradcheck_and_second_derivatives(name: str) -> None:
     given = batch(torch.float64)
     part = {k: x[:2, :3] if isinstance(x, Tensor) and x.ndim == 2 else x for k, x in given.items()}
