@@ -7,17 +7,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from fastrl.objectives import AdaptiveEntropy, PolicyObjective, combine_rewards
+from fastrl.objectives import AdaptiveEntropy, PolicyObjective, combine_rewards, compute_advantages
 from fastrl.rollout import RolloutEngine
 from fastrl.trainers.grpo_config import GRPOConfig
 from fastrl.trainers.metrics import reward_metrics
-from fastrl.trainers.micro_batches import MicroBatch, live_fractions, live_sequences
+from fastrl.trainers.micro_batches import MicroBatch, live_fractions, live_sequences, ranks_tokens
 from fastrl.trainers.online import OnlineTrainer
 from fastrl.trainers.packing import Pass
 from fastrl.trainers.reward_runner import RewardFunction, RewardRunner
 from fastrl.trainers.rollout_collector import Samples
 from fastrl.trainers.rollouts import Rollouts
-from fastrl.trainers.scoring import policy_loss, policy_metrics
+from fastrl.trainers.scoring import policy_loss, policy_metrics, reference_head
 
 
 class GRPOTrainer(OnlineTrainer):
@@ -87,6 +87,7 @@ class GRPOTrainer(OnlineTrainer):
         args = GRPOConfig() if args is None else args
         if not isinstance(args, GRPOConfig):
             raise TypeError(f"args: expected a fastrl.GRPOConfig, got {type(args).__name__}")
+        self.objective: PolicyObjective = args.objective()
         super().__init__(
             model,
             RewardRunner(reward_funcs, args.reward_weights),
@@ -101,7 +102,8 @@ class GRPOTrainer(OnlineTrainer):
         )
         bounds = (args.entropy_coef_min, args.entropy_coef_max, args.entropy_coef_delta, args.entropy_target)
         self.entropy = AdaptiveEntropy(args.entropy_coef, *bounds)
-        self.objective: PolicyObjective = args.objective()
+        if self.objective.exact_kl and self.is_fsdp_enabled:
+            raise ValueError("kl_estimator: 'full' reads the reference's head, which FSDP shards; expected an estimate")
 
     @property
     def needs_reference(self) -> bool:  # type: ignore[override]
@@ -109,12 +111,11 @@ class GRPOTrainer(OnlineTrainer):
 
     @property
     def one_pass(self) -> bool:  # type: ignore[override]
-        """A top-entropy quantile ranks the tokens of the whole micro-batch."""
-        return self.args.top_entropy_quantile < 1
+        return ranks_tokens(self.objective)
 
     @property
     def split_matters(self) -> bool:  # type: ignore[override]
-        return self.args.loss_type == "bnpo" or self.args.top_entropy_quantile < 1
+        return self.objective.loss_type == "bnpo" or ranks_tokens(self.objective)
 
     # Rollouts --------------------------------------------------------------------------------------------------------
 
@@ -124,7 +125,7 @@ class GRPOTrainer(OnlineTrainer):
         rollouts = Rollouts(**samples.batch.tensors(), advantages=advantages, sampling_logps=samples.sampling_logps)
         if score_old:
             rollouts = dataclasses.replace(rollouts, old_logps=self.policy_logps(rollouts))
-        if self.needs_reference:
+        if self.objective.sampled_kl:
             rollouts = dataclasses.replace(rollouts, ref_logps=self.reference_logps(rollouts))
         return rollouts
 
@@ -132,14 +133,20 @@ class GRPOTrainer(OnlineTrainer):
         args, runner = self.args, self.collector.rewards
         assert runner is not None
         per_func = self.collector.reward(samples, self.state)
+        group_ids = torch.arange(len(per_func), device=per_func.device) // samples.group
         advantages, rewards = combine_rewards(
             per_func,
             runner.weights.to(per_func),
-            torch.arange(len(per_func), device=per_func.device) // samples.group,
+            group_ids,
             aggregation=args.multi_objective_aggregation,
             baseline=args.advantage_baseline,
             scale=str(args.scale_rewards),
         )
+        if args.advantage_estimator is not None:
+            mask = self.collector.everyones(samples.batch.mask)
+            estimated, _ = compute_advantages(args.advantage_estimator, rewards, mask, group_ids=group_ids)
+            advantages = estimated.where(mask, -torch.inf).amax(-1)  # all tokens of a sequence have the same
+            advantages = advantages.masked_fill(~mask.any(-1), 0.0)
         over_batch = args.scale_rewards == "batch" or args.multi_objective_aggregation == "normalize_then_sum"
         deviation_over = "batch" if over_batch else "group"
         metrics = reward_metrics(per_func, runner.names, rewards, samples.group, deviation_over)
@@ -170,12 +177,17 @@ class GRPOTrainer(OnlineTrainer):
         if not self.evaluating and objective.top_entropy_quantile < 1 and objective.entropy_coef != 0:
             # The bonus is then a mean over the micro-batch's own tokens.
             objective = dataclasses.replace(objective, entropy_coef=objective.entropy_coef / batch.count)
+        reference = None
+        if objective.exact_kl:
+            with self.reference_model() as model_before:
+                reference = reference_head(model_before, part)
         self._objective_in_use = objective  # the op knows it by a weak reference, also in the backward
         out = policy_loss(
             model,
             part,
             batch,
             objective,
+            reference=reference,
             temperature=self.args.temperature,
             score_dead=self.evaluating or not self._skips_dead,
             backend=self.args.loss_backend,

@@ -10,8 +10,8 @@ from typing import ClassVar
 from fastrl.objectives import PolicyObjective
 from fastrl.trainers.online_config import OnlineConfig
 
-# The loss types whose normalizers `micro_batches` knows.
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+# Estimators of verl's that need no more than a reward per completion, by their names in `fastrl.compute_advantages`.
+ESTIMATORS = ("grpo_passk", "opo", "gpg", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 
 
 @dataclass
@@ -43,18 +43,18 @@ class GRPOConfig(OnlineConfig):
     epsilon: float = field(default=0.2, metadata={"help": "Lower clip of the ratio."})
     delta: float | None = field(default=None, metadata={"help": "Upper bound of the ratio (two-sided clip)."})
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip; None: epsilon."})
-    sapo_temperature_neg: float = field(default=1.05, metadata={"help": "Not supported yet."})
-    sapo_temperature_pos: float = field(default=1.0, metadata={"help": "Not supported yet."})
-    vespo_k_pos: float = field(default=2.0, metadata={"help": "Not supported yet."})
-    vespo_lambda_pos: float = field(default=3.0, metadata={"help": "Not supported yet."})
-    vespo_k_neg: float = field(default=3.0, metadata={"help": "Not supported yet."})
-    vespo_lambda_neg: float = field(default=2.0, metadata={"help": "Not supported yet."})
+    sapo_temperature_neg: float = field(default=1.05, metadata={"help": "sapo: for negative advantages."})
+    sapo_temperature_pos: float = field(default=1.0, metadata={"help": "sapo: for positive advantages."})
+    vespo_k_pos: float = field(default=2.0, metadata={"help": "vespo: power of the weight, advantage >= 0."})
+    vespo_lambda_pos: float = field(default=3.0, metadata={"help": "vespo: decay of the weight, advantage >= 0."})
+    vespo_k_neg: float = field(default=3.0, metadata={"help": "vespo: power of the weight, advantage < 0."})
+    vespo_lambda_neg: float = field(default=2.0, metadata={"help": "vespo: decay of the weight, advantage < 0."})
     importance_sampling_level: str = field(default="token", metadata={"help": "'token', or 'sequence' (GSPO)."})
     multi_objective_aggregation: str = field(
         default="sum_then_normalize", metadata={"help": "'sum_then_normalize' or 'normalize_then_sum' (GDPO)."}
     )
     scale_rewards: str | bool = field(default="group", metadata={"help": "'group', 'batch' or 'none' (Dr. GRPO)."})
-    loss_type: str = field(default="dapo", metadata={"help": "'grpo', 'bnpo', 'dr_grpo' or 'dapo'."})
+    loss_type: str = field(default="dapo", metadata={"help": "The policy term; see PolicyObjective."})
     top_entropy_quantile: float = field(default=1.0, metadata={"help": "Share of the tokens that enter the loss."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     use_adaptive_entropy: bool = field(default=False, metadata={"help": "Steer entropy_coef towards entropy_target."})
@@ -66,11 +66,27 @@ class GRPOConfig(OnlineConfig):
     off_policy_mask_threshold: float | None = field(
         default=None, metadata={"help": "Leave out sequences of negative advantage that drifted further than this."}
     )
-    use_bias_correction_kl: bool = field(default=True, metadata={"help": "Multiply the KL by the ratio."})
+    use_bias_correction_kl: bool = field(
+        default=True, metadata={"help": "Multiply the KL by the ratio, where loss type and preset have one per token."}
+    )
 
     # fastrl's own
-    kl_estimator: str = field(default="k3", metadata={"help": "'k1', 'k2' or 'k3'."})
-    advantage_baseline: str = field(default="mean", metadata={"help": "'mean' or 'leave_one_out' (RLOO)."})
+    preset: str | None = field(default=None, metadata={"help": "'trl', 'verl' or 'openrlhf': that project's numbers."})
+    aggregation: str | None = field(default=None, metadata={"help": "Of the tokens' losses; None: the loss type's."})
+    kl_estimator: str = field(default="k3", metadata={"help": "One of kl_estimate's, or 'full': the exact KL."})
+    nll_coef: float = field(default=0.0, metadata={"help": "Weight of the likelihood of positive examples (VAPO)."})
+    clip_ratio_c: float | None = field(default=None, metadata={"help": "ppo: dual clip; dppo_*: cap of the ratio."})
+    clip_cov_ratio: float = field(default=0.0002, metadata={"help": "clip_cov: share of the tokens left out."})
+    clip_cov_lb: float = field(default=1.0, metadata={"help": "clip_cov: least covariance of those."})
+    clip_cov_ub: float = field(default=5.0, metadata={"help": "clip_cov: largest covariance of those."})
+    kl_cov_ratio: float = field(default=0.0002, metadata={"help": "kl_cov: share of the tokens penalised."})
+    ppo_kl_coef: float = field(default=0.1, metadata={"help": "kl_cov: weight of the penalty."})
+    dro_beta: float = field(default=1.0, metadata={"help": "dro: weight of the quadratic penalty."})
+    advantage_baseline: str = field(default="mean", metadata={"help": "'mean', 'leave_one_out' or 'best_of_k'."})
+    advantage_estimator: str | None = field(
+        default=None,
+        metadata={"help": f"One of verl's: {', '.join(ESTIMATORS)}; then without baseline and scale_rewards."},
+    )
     skip_dead_sequences: bool = field(
         default=True, metadata={"help": "Skip the model's forward and backward of sequences that carry no gradient."}
     )
@@ -85,22 +101,31 @@ class GRPOConfig(OnlineConfig):
 
     def objective(self) -> PolicyObjective:
         """The objective that these arguments describe; the adaptive coefficient is the trainer's to put in."""
-        names = [item.name for item in fields(PolicyObjective) if item.init and hasattr(self, item.name)]
-        return PolicyObjective(**{name: getattr(self, name) for name in names})
+        names = [item.name for item in fields(PolicyObjective) if item.init]
+        settings = {name: getattr(self, name) for name in names}
+        if self.use_bias_correction_kl:
+            settings["use_bias_correction_kl"] = None  # where the loss type and the preset have it
+        return PolicyObjective(**settings)
 
     def _check_values(self) -> None:
         super()._check_values()
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
         require = self._require
-        require("loss_type", self.loss_type in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}")
-        require("kl_estimator", self.kl_estimator != "full", "an estimate ('full' needs the reference's head)")
         require("grad_tolerance", 0 <= self.grad_tolerance < 1, "a number in [0, 1)")
         require("scale_rewards", self.scale_rewards in ("group", "batch", "none"), "'group', 'batch' or 'none'")
-        require("advantage_baseline", self.advantage_baseline in ("mean", "leave_one_out"), "'mean' or 'leave_one_out'")
+        baselines = ("mean", "leave_one_out", "best_of_k")
+        require("advantage_baseline", self.advantage_baseline in baselines, " or ".join(baselines))
         aggregations = ("sum_then_normalize", "normalize_then_sum")
         require(
             "multi_objective_aggregation", self.multi_objective_aggregation in aggregations, " or ".join(aggregations)
         )
+        if self.advantage_estimator is not None:
+            require("advantage_estimator", self.advantage_estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}")
+            for name in ("scale_rewards", "advantage_baseline", "multi_objective_aggregation"):
+                default = type(self).__dataclass_fields__[name].default
+                require(name, getattr(self, name) == default, f"{default!r} with advantage_estimator, which sets it")
         if self.use_adaptive_entropy and self.top_entropy_quantile < 1:
             raise ValueError("use_adaptive_entropy: not supported together with top_entropy_quantile < 1 yet")
+        if self.use_adaptive_entropy and self.preset == "verl":
+            raise ValueError("use_adaptive_entropy: not with preset 'verl', whose bonus is no mean over tokens")

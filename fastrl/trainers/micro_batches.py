@@ -27,6 +27,7 @@ class MicroBatch(Generic[Batch]):
     sequences: int  # before dead ones were left out
     tokens: int  # likewise; tokens that count
     step_sequences: float
+    step_filled: float  # sequences with a token that counts
     step_tokens: float
     count: int  # micro-batches of the step on this process
 
@@ -34,19 +35,24 @@ class MicroBatch(Generic[Batch]):
         """The sequences of an index or a mask; the counts stay."""
         return dataclasses.replace(self, rollouts=self.rollouts.select(rows))
 
-    def divisor(self, objective: PolicyObjective) -> float:
-        """What the policy loss is divided by, at least 1: with no token every term is 0, whatever it is divided by.
+    def divisor(self, objective: PolicyObjective) -> float | None:
+        """What the policy loss is divided by: a count of the optimizer step, as the aggregation wants it.
 
-        Counted are sequences (grpo), sequences x max_completion_length (dr_grpo), tokens (dapo), or the micro-batch's
-        own tokens, as many times as there are micro-batches (bnpo, which is a mean per micro-batch by definition).
+        That is tokens, sequences (of which verl and OpenRLHF leave out those without a token), or sequences times
+        max_completion_length; for bnpo the micro-batch's own tokens, as many times as there are micro-batches, since it
+        is a mean per micro-batch by definition. At least 1: with no token every term is 0, whatever it is divided by.
         """
-        counts = {
-            "grpo": self.step_sequences,
-            "dr_grpo": self.step_sequences * float(objective.max_completion_length or 0),
-            "bnpo": float(self.tokens * self.count),
-            "dapo": self.step_tokens,
-        }
-        return max(counts[objective.loss_type], 1.0)
+        entry = objective.surrogate
+        aggregation = objective.aggregation or entry.aggregation
+        if aggregation == "token-sum":
+            return None
+        if aggregation == "token-mean":
+            count = self.tokens * self.count if objective.loss_type == "bnpo" else self.step_tokens
+        else:
+            everything = objective.conventions.counts_empty or entry.per_sequence
+            count = self.step_sequences if everything else self.step_filled
+        length = objective.max_completion_length if aggregation == "seq-mean-token-sum-norm" else 1
+        return max(float(count), 1.0) * float(length or 1)
 
 
 def micro_batches(
@@ -60,24 +66,36 @@ def micro_batches(
         num_processes: how many there are.
     """
     tokens_of = [int(part.mask.sum()) for part in parts]
-    counts = total(torch.tensor([sum(map(len, parts)), sum(tokens_of)]))
-    sequences, tokens = (float(count) / num_processes for count in counts)
-    return [
-        MicroBatch(part, len(part), own, sequences, tokens, len(parts))
-        for part, own in zip(parts, tokens_of, strict=True)
-    ]
+    filled = sum(int(part.mask.any(-1).sum()) for part in parts)
+    counts = total(torch.tensor([sum(map(len, parts)), filled, sum(tokens_of)]))
+    step = [float(count) / num_processes for count in counts]
+    return [MicroBatch(part, len(part), own, *step, len(parts)) for part, own in zip(parts, tokens_of, strict=True)]
 
 
 def live_sequences(rollouts: Rollouts, objective: PolicyObjective) -> Tensor:
     """(B,) bool: the sequences that can carry a gradient (`PolicyObjective.live_tokens`); the others' terms are 0.
 
-    A top-entropy quantile ranks the tokens of the batch, dead ones included, so with one nothing is dropped, unless
-    nothing is live at all.
+    An exact KL acts on every token. What ranks the tokens of the batch (a top-entropy quantile, covariances) ranks dead
+    ones too, so nothing is dropped then, unless nothing is live at all.
     """
-    live = objective.live_tokens(advantages=rollouts.advantages, mask=rollouts.mask).any(-1)
-    if objective.top_entropy_quantile < 1 and bool(live.any()):
+    if objective.exact_kl:
+        return rollouts.mask.any(-1)
+    live = live_tokens(rollouts, objective).any(-1)
+    if ranks_tokens(objective) and bool(live.any()):
         return rollouts.mask.any(-1)
     return live
+
+
+def live_tokens(rollouts: Rollouts, objective: PolicyObjective) -> Tensor:
+    """(B, T) bool: the tokens that can carry a gradient."""
+    return objective.live_tokens(
+        advantages=rollouts.advantages, mask=rollouts.mask, importance_ratio=rollouts.importance_ratio
+    )
+
+
+def ranks_tokens(objective: PolicyObjective) -> bool:
+    """Whether a token's loss depends on the others of its micro-batch."""
+    return objective.top_entropy_quantile < 1 or objective.surrogate.covariance
 
 
 def groups_together(rollouts: Batch, steps: int) -> Batch:
@@ -95,7 +113,7 @@ def live_fractions(
     parts: Sequence[Rollouts], objective: PolicyObjective, total: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
     """The shares of tokens and of sequences that can carry a gradient, over all processes."""
-    live = [objective.live_tokens(advantages=part.advantages, mask=part.mask) for part in parts]
+    live = [live_tokens(part, objective) for part in parts]
     counts = [
         [int(mask.sum()), int(part.mask.sum()), int(mask.any(-1).sum()), len(part)]
         for mask, part in zip(live, parts, strict=True)

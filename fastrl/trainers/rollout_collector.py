@@ -114,6 +114,10 @@ class RolloutCollector:
         count = len(values) // self.accelerator.num_processes
         return values[self.accelerator.process_index * count :][:count]
 
+    def everyones(self, mask: Tensor) -> Tensor:
+        """The masks (B, T) of all processes, in one width."""
+        return self.accelerator.gather(self.accelerator.pad_across_processes(mask, dim=1))
+
     def truncated(self, completion_ids: Sequence[Sequence[int]]) -> Tensor:
         """(B,) bool: the completions without an end-of-sequence token."""
         ends = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids]

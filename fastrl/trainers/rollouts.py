@@ -19,6 +19,7 @@ class Rollouts(TokenBatch):
     old_logps: Tensor | None = None  # (B, T); None: the policy has not changed since
     ref_logps: Tensor | None = None  # (B, T); None: no KL term
     sampling_logps: Tensor | None = None  # (B, T); None: the engine does not tell
+    importance_ratio: Tensor | None = None  # (B, T) or (B, 1) factor of the policy term; None: 1
 
 
 def named_tensors(parts: Sequence[TokenBatch]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ LM head sees only the hidden states that score a completion's token."""
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,21 +51,43 @@ def completion_logps(
     return logps
 
 
+class ReferenceHead(NamedTuple):
+    """What an exact KL compares the policy with."""
+
+    ref_hidden: Tensor  # (B, T, D')
+    ref_weight: Tensor  # (V, D')
+    ref_bias: Tensor | None  # (V,)
+
+
+@torch.no_grad()
+def reference_head(reference: nn.Module, part: Pass[Any]) -> ReferenceHead:
+    """Hidden states and head of the reference for a pass. Dropout is off."""
+    with _eval_mode(reference):
+        head: ReferenceHead = reference(
+            **part.inputs, fastrl_head=lambda hidden, head: ReferenceHead(part.select(hidden), head.weight, head.bias)
+        )
+    return head
+
+
 def policy_loss(
     model: nn.Module,
     part: Pass[Rollouts],
     batch: MicroBatch[Rollouts],
     objective: PolicyObjective,
     *,
+    reference: ReferenceHead | None = None,
     temperature: float,
     score_dead: bool,
     backend: str | None = None,
     grad_tolerance: float = 0.0,
 ) -> LossOutput:
     """The policy loss of a micro-batch's pass, computed inside the model's forward: the sum over its tokens of the
-    eager loss, divided by what the micro-batch says."""
+    eager loss, divided by what the micro-batch says. reference: of the same pass, for an exact KL."""
     rollouts = part.batch
     bonus = objective.entropy_coef != 0 and objective.top_entropy_quantile == 1
+    if objective.conventions.entropy_as_policy:
+        bonus = False  # it has the policy term's divisor
+    exact = {} if reference is None else reference._asdict()
 
     def loss(hidden: Tensor, head: LMHead) -> LossOutput:
         return linear_policy_loss(
@@ -78,6 +100,7 @@ def policy_loss(
             old_logps=rollouts.old_logps,
             ref_logps=rollouts.ref_logps,
             sampling_logps=rollouts.sampling_logps,
+            importance_ratio=rollouts.importance_ratio,
             normalizer=batch.divisor(objective),
             entropy_normalizer=max(batch.step_tokens, 1.0) if bonus else None,
             bias=head.bias,
@@ -87,6 +110,7 @@ def policy_loss(
             score_dead=score_dead,
             backend=backend,
             grad_tolerance=grad_tolerance,
+            **exact,
         )
 
     out: LossOutput = model(**part.inputs, fastrl_head=loss)
@@ -106,24 +130,38 @@ def token_means(parts: PassMetrics) -> dict[str, Tensor]:
 def policy_metrics(parts: PassMetrics, batch: MicroBatch[Any], objective: PolicyObjective) -> dict[str, Tensor]:
     """The same for a policy loss.
 
-    The clip ratios are those of the whole micro-batch: a sequence that was left out has advantage 0 and is never
-    clipped. The other means are over the sequences that ran.
+    Shares of what was clipped are those of the whole micro-batch: a sequence that was left out has advantage 0 and is
+    never clipped. The other means are over the sequences that ran.
     """
-    by_sequence = objective.importance_sampling_level == "sequence"  # then shares of sequences, not of tokens
-    if not parts:  # without a token there are no extremes of tokens
-        extreme = 0.0 if batch.tokens or by_sequence else math.nan
-        clip = {"low_mean": 0.0, "high_mean": 0.0, "region_mean": 0.0, "low_min": extreme, "high_max": extreme}
-        return {f"clip_ratio/{name}": torch.tensor(value) for name, value in clip.items()}
+    by_sequence = objective.sequence_ratio  # then shares of sequences, not of tokens
+    if not parts:
+        return _nothing_clipped(batch, objective)
     merged = token_means(parts)
     merged["policy_loss"] = torch.stack([metrics["policy_loss"] for _, metrics in parts]).sum()
-    counts = [len(part.batch) if by_sequence else int(part.batch.mask.sum()) for part, _ in parts]
-    everything = batch.sequences if by_sequence else batch.tokens
-    for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
-        mean = _merged(name, [metrics[name] for _, metrics in parts], counts)
-        merged[name] = mean * (sum(counts) / max(everything, 1))
-    if sum(counts) < everything:
+    sequences, tokens = [len(part.batch) for part, _ in parts], [int(part.batch.mask.sum()) for part, _ in parts]
+    counts, everything = (sequences, batch.sequences) if by_sequence else (tokens, batch.tokens)
+    for name in merged.keys() & {*_CLIP_SHARES, "vespo/phi_seq_mean"}:
+        of_passes = [metrics[name] for _, metrics in parts]
+        if name == "vespo/phi_seq_mean":
+            merged[name] = _merged(name, of_passes, sequences)
+        else:
+            merged[name] = _merged(name, of_passes, counts) * (sum(counts) / max(everything, 1))
+    if "clip_ratio/low_min" in merged and sum(counts) < everything:
         merged["clip_ratio/low_min"] = merged["clip_ratio/low_min"].clamp(max=0.0)
     return merged
+
+
+_CLIP_SHARES = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
+
+
+def _nothing_clipped(batch: MicroBatch[Any], objective: PolicyObjective) -> dict[str, Tensor]:
+    if objective.preset not in (None, "trl") or objective.surrogate.clipped is None:
+        return {}
+    if objective.loss_type == "cispo":
+        return {"cispo_clip_ratio": torch.zeros(())}
+    extreme = 0.0 if batch.tokens or objective.sequence_ratio else math.nan  # without a token there are no extremes
+    clip = {"low_mean": 0.0, "high_mean": 0.0, "region_mean": 0.0, "low_min": extreme, "high_max": extreme}
+    return {f"clip_ratio/{name}": torch.tensor(value) for name, value in clip.items()}
 
 
 def _merged(name: str, of_passes: Sequence[Tensor], counts: Sequence[int]) -> Tensor:

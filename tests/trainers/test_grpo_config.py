@@ -81,8 +81,10 @@ def test_an_unknown_argument_is_a_type_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": "ppo"}, "loss_type: expected one of grpo, bnpo, dr_grpo, dapo, got 'ppo'"),
-        ({"loss_type": "cispo"}, "loss_type"),
+        ({"loss_type": "grpo2"}, "loss_type"),
+        ({"loss_type": "rloo", "delta": 2.0}, "delta"),
+        ({"advantage_estimator": "gae"}, "advantage_estimator: expected one of grpo_passk"),
+        ({"advantage_estimator": "opo", "scale_rewards": "none"}, "scale_rewards: expected .group. with advantage_est"),
         ({"num_generations": 1}, "num_generations: expected at least 2"),
         ({"num_generations": 3}, r"generation_batch_size \(8 .*must be divisible by num_generations \(3\)"),
         (
