@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 Row = Mapping[str, Any]
 
-_MESSAGE_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
+_MESSAGE_COLUMNS = ("prompt", "completion", "chosen", "rejected", "reference", "messages", "conversations")
 
 
 class FormatError(ValueError):
@@ -112,6 +112,28 @@ def as_chatml(row: Row) -> dict[str, Any]:
     return new
 
 
+def columns_of(row: Row, *names: str) -> tuple[Any, ...]:
+    """The values of columns.
+
+    Raises:
+        FormatError: one is not there, or None.
+    """
+    missing = [name for name in names if row.get(name) is None]
+    if missing:
+        raise FormatError(f"no {', '.join(map(repr, missing))}; it has {_names(row)}")
+    return tuple(row[name] for name in names)
+
+
+def pair_of(row: Row) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected) of a preference row. The prompt may be implicit: what both completions begin with."""
+    chosen, rejected = columns_of(row, "chosen", "rejected")
+    prompt = row.get("prompt")
+    if prompt is None or is_conversation(prompt) != is_conversation(chosen):
+        is_conversation(rejected)
+        return extract_prompt(chosen, rejected)
+    return prompt, chosen, rejected
+
+
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """(prompt, chosen, rejected): the beginning that two texts or conversations share is the prompt.
 
@@ -165,7 +187,7 @@ class Encoder:
     def prompt_completion(self, row: Row, completion_only: bool = True, assistant_only: bool = False) -> Text:
         """The completion's tokens count, or all; of them only the assistant's, if asked."""
         row = as_chatml(row)
-        prompt, completion = self._columns(row, "prompt", "completion")
+        prompt, completion = columns_of(row, "prompt", "completion")
         (text,) = self.completions(prompt, [completion], row).texts()
         if not completion_only:
             text = Text(text.ids, [True] * len(text.ids))
@@ -176,19 +198,23 @@ class Encoder:
         marked = self._conversation([*prompt, *completion], row, assistant_only)
         return Text(text.ids, [a and b for a, b in zip(text.counted, marked.counted, strict=True)])
 
-    def preference(self, row: Row) -> Completions:
-        """Two completions: the chosen and the rejected one. The prompt may be implicit."""
+    def preference(self, row: Row, gold: bool = False) -> Completions:
+        """Two completions: the chosen and the rejected one; with `gold` a third, of column "reference" (TPO). The
+        prompt may be implicit."""
         row = as_chatml(row)
-        chosen, rejected = self._columns(row, "chosen", "rejected")
-        prompt = row.get("prompt")
-        if prompt is None or is_conversation(prompt) != is_conversation(chosen):
-            is_conversation(rejected)
-            prompt, chosen, rejected = extract_prompt(chosen, rejected)
-        return self.completions(prompt, [chosen, rejected], row)
+        prompt, chosen, rejected = pair_of(row)
+        answers = [chosen, rejected]
+        if gold:
+            (reference,) = columns_of(row, "reference")
+            start = 0 if prompt == row.get("prompt") else len(prompt)
+            if start and reference[:start] != prompt:
+                raise FormatError("'reference' does not begin with the prompt that 'chosen' and 'rejected' share")
+            answers.append(reference[start:])
+        return self.completions(prompt, answers, row)
 
     def ranked(self, row: Row) -> tuple[Completions, list[float]]:
         """K >= 2 completions and their ranks: smaller is better, only the order means anything, ties are allowed."""
-        prompt, completions = self._columns(row, "prompt", "completions")
+        prompt, completions = columns_of(row, "prompt", "completions")
         count = len(completions)
         if count < 2:
             raise FormatError(f"'completions': expected at least two, got {count}")
@@ -205,7 +231,7 @@ class Encoder:
     def unpaired(self, row: Row) -> tuple[Completions, bool]:
         """One completion and whether it is a good one."""
         row = as_chatml(row)
-        prompt, completion, label = self._columns(row, "prompt", "completion", "label")
+        prompt, completion, label = columns_of(row, "prompt", "completion", "label")
         return self.completions(prompt, [completion], row), bool(label)
 
     def stepwise(
@@ -213,7 +239,7 @@ class Encoder:
     ) -> tuple[Completions, list[int]]:
         """One completion, the steps with a separator after each, and per token its step's label at the step's end, -100
         elsewhere. As TRL's `PRMTrainer` had it: each step is tokenized apart, the prompt gets a BOS token."""
-        prompt, steps, labels = self._columns(row, "prompt", "completions", "labels")
+        prompt, steps, labels = columns_of(row, "prompt", "completions", "labels")
         if len(steps) != len(labels) or not steps:
             raise FormatError(f"{len(labels)} labels for {len(steps)} steps ('completions')")
         separator = self._plain(step_separator)
@@ -302,13 +328,6 @@ class Encoder:
             **(row.get("chat_template_kwargs") or {}),
             **template,
         )
-
-    @staticmethod
-    def _columns(row: Row, *names: str) -> tuple[Any, ...]:
-        missing = [name for name in names if row.get(name) is None]
-        if missing:
-            raise FormatError(f"no {', '.join(map(repr, missing))}; it has {_names(row)}")
-        return tuple(row[name] for name in names)
 
 
 def _common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:

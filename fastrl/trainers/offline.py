@@ -160,6 +160,10 @@ class OfflineTrainer(ResumableTrainer):
         """What the loss of a micro-batch is divided by, by name; the first is also the weight of `eval_loss`."""
         return {"tokens": float(batch.mask.sum())}
 
+    def step_values(self, batches: list[Any]) -> dict[str, float]:
+        """What else `pass_loss` finds among the normalizers, from all micro-batches of a step, before its passes."""
+        return {}
+
     def pass_loss(self, model: nn.Module, part: Pass[Any], normalizers: Mapping[str, float]) -> PassOutput:
         """Runs the model on a pass (`self.run`). `normalizers` are the `counts` of the optimizer step, per process."""
         raise NotImplementedError
@@ -235,12 +239,11 @@ class OfflineTrainer(ResumableTrainer):
         # The gradient is averaged over processes, so that each one's share must count that much more. Where nothing is
         # there to count every term is 0, whatever it is divided by.
         shares = [float(total) / self.accelerator.num_processes or 1.0 for total in totals]
-        return dict(zip(names, shares, strict=True))
+        return {**dict(zip(names, shares, strict=True)), **self.step_values(batch_samples)}
 
     def _counts(self, batch: Any) -> dict[str, float]:
         counts = self.counts(batch)
-        if "tokens" not in counts:  # the weight of a router's loss
-            counts["tokens"] = float(batch.mask.sum())
+        counts.setdefault("tokens", float(batch.mask.sum()))  # the weight of a router's loss
         return counts
 
     def _total(self, counts: Tensor) -> Tensor:
@@ -325,7 +328,7 @@ class OfflineTrainer(ResumableTrainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, None, None]:
         """Adds the loss and the metrics of a batch; there are no predictions."""
-        counts = {name: count or 1.0 for name, count in self._counts(inputs).items()}
+        counts = {name: count or 1.0 for name, count in self._counts(inputs).items()} | self.step_values([inputs])
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = [self.compute_loss(model, _Work(part, counts)) for part in self.passes(inputs)]
         weight = next(iter(counts.values()))
