@@ -74,7 +74,7 @@ def comparison_figure(
             for color, (name, history) in zip(_cycle(len(runs)), runs.items(), strict=True):
                 series = metric_series(history, metric, x)
                 if series.y:
-                    _draw_line(axes, series, color, panel_of(metric).smooth, smooth, faint=True, label=name)
+                    _draw_line(axes, series, color, panel_of(metric).smooth, smooth, faint=True, label=_visible(name))
             _dress(axes, metric, x)
             if panel_of(metric).share:
                 _share_limits(axes)
@@ -115,7 +115,7 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Series]) -> None:
         _share_limits(axes)
     if len(bases) > 1:
         for base, label in zip(bases, _short_names(bases), strict=True):
-            axes.plot([], [], color=colors[base], linewidth=2, label=label)
+            axes.plot([], [], color=colors[base], linewidth=2, label=_visible(label))
     if len(prefixes) > 1 or prefixes[0]:
         for dash, prefix in enumerate(prefixes):
             style: Any = {"linestyle": _DASHES[dash % len(_DASHES)], "color": "#7F7F7F"}
@@ -191,6 +191,10 @@ def _draw_line(
     if faint:
         axes.plot(*_thinned(x, y), alpha=0.3, linewidth=0.9, **points, **style)
     axes.plot(*_thinned(x, running_mean(y, window)), linewidth=2, label=label, **style)
+
+
+def _visible(label: str) -> str:
+    return f" {label}" if label.startswith("_") else label  # matplotlib leaves such a label out of a legend
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:

@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import psutil
@@ -141,7 +141,7 @@ class ProgressView(TrainerCallback):
             self._to_evaluate = None
         self._evaluated += 1
         self._open(args)
-        self._draw()
+        self._draw(at_once=self._evaluated == 1)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """An evaluation is done."""
@@ -168,9 +168,10 @@ class ProgressView(TrainerCallback):
         self._follow({name: value for name, value in logs.items() if name not in self._stepwise})
         if self._live is not None:
             self._draw(at_once=True)
-        elif not self._can_draw(args):
+        elif not self._can_draw(args) and (shown := self._shown(logs)):
+            place = f"step {self._step}/{self._total} ({self._clock()})" if self._total else f"step {self._step}"
             with contextlib.suppress(OSError, ValueError):  # a full disk or a closed stream must not end the run
-                print(self._line(logs), flush=True)
+                print(f"{place}: {shown}", flush=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -193,7 +194,7 @@ class ProgressView(TrainerCallback):
         rows.add_column()
         rows.add_column(justify="right")
         rows.add_column(overflow="crop", no_wrap=True)
-        for name in self._watched()[: max(3, self.console.height - 8)]:
+        for name in _by_rank(self._trends)[: max(3, self.console.height - 8)]:
             values = list(self._trends[name])
             rows.add_row(
                 Text(name, style="cyan" if name.startswith("eval") else ""),
@@ -205,17 +206,10 @@ class ProgressView(TrainerCallback):
         parts.append(Text(self._resources(), style="dim"))
         return Panel(Group(*parts), title=Text(self._title), title_align="left", border_style="blue", padding=(0, 1))
 
-    def _line(self, logs: Mapping[str, Any]) -> str:
-        names = [name for name in logs if _rank(name) is not None]
-        names.sort(key=lambda name: (name.startswith("eval"), _rank(name)))
+    def _shown(self, logs: Mapping[str, Any]) -> str:
+        names = _by_rank(logs)
         names += [name for name in ("tokens_per_second", *_SUMMARY) if name in logs]
-        shown = [f"{name} {logs[name]:.4g}" for name in names if _is_number(logs[name])]
-        place = f"step {self._step}/{self._total} ({self._clock()})" if self._total else f"step {self._step}"
-        return f"{place}: {', '.join(shown)}"
-
-    def _watched(self) -> list[str]:
-        names = [name for name in self._trends if _rank(name) is not None]
-        return sorted(names, key=lambda name: (name.startswith("eval"), _rank(name)))
+        return ", ".join(f"{name} {logs[name]:.4g}" for name in names if _is_number(logs[name]))
 
     def _clock(self) -> str:
         elapsed, done = time.perf_counter() - self._started, self._step - self._first_step
@@ -287,6 +281,12 @@ def sparkline(values: Sequence[float], width: int) -> str:
     low, high = min(means, default=0.0), max(means, default=0.0)
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BLOCKS[round((mean - low) * scale)] for mean in means)
+
+
+def _by_rank(names: Iterable[str]) -> list[str]:
+    """The watched ones, those of evaluations last."""
+    watched = [name for name in names if _rank(name) is not None]
+    return sorted(watched, key=lambda name: (name.startswith("eval"), _rank(name)))
 
 
 @functools.cache
