@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastrl.cli.errors import UserError
+from fastrl.cli.errors import UserError, raised_by_fastrl
 from fastrl.cli.sources import check_split, load_splits, model_path, reward_functions
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--resume", action="store_true", help="continue from output_dir's newest complete checkpoint")
     parser.add_argument("--fresh", action="store_true", help="start anew; an earlier run in output_dir is renamed")
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
-    parser.set_defaults(run=run, takes_overrides=True)
+    hint = "; --resume continues from the newest checkpoint"
+    parser.set_defaults(run=run, takes_overrides=True, interrupted=hint)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -163,7 +164,7 @@ def _train(
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (ValueError, TypeError) as error:
-        if not _raised_by_fastrl(error):
+        if not raised_by_fastrl(error):
             raise
         raise UserError(f"{error}{_place_of(error.__cause__)}") from error
     trainer.save_model(args.output_dir)
@@ -202,12 +203,6 @@ def _is_finished(checkpoint: Path, args: GRPOConfig) -> bool:
     if args.max_steps > 0:
         return bool(state["global_step"] >= args.max_steps)
     return bool(state["epoch"] >= args.num_train_epochs)
-
-
-def _raised_by_fastrl(error: BaseException) -> bool:
-    """Whether fastrl itself refused something: then the message is for the user, otherwise the traceback is."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
 
 
 def _place_of(cause: BaseException | None) -> str:

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastrl.cli import bench, doctor, grpo, plot
+from fastrl.cli import bench, doctor, eval, grpo, plot, sample
 from fastrl.cli.errors import UserError
 
 
@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if arguments.debug:
             traceback.print_exc()
-        hint = "; --resume continues from the newest checkpoint" if "resume" in arguments else ""
-        print(f"\nfastrl {arguments.command}: interrupted{hint}", file=sys.stderr)
+        print(f"\nfastrl {arguments.command}: interrupted{arguments.interrupted}", file=sys.stderr)
         return 130
 
 
@@ -46,9 +45,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastrl", description="Reinforcement learning of language models with fused losses.", allow_abbrev=False
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(takes_overrides=False)
+    parser.set_defaults(takes_overrides=False, interrupted="")
     commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
     grpo.add_parser(commands)
+    eval.add_parser(commands)
+    sample.add_parser(commands)
     plot.add_parser(commands)
     bench.add_parser(commands)
     doctor.add_parser(commands)

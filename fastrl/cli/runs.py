@@ -44,11 +44,7 @@ def choose_start(output_dir: str | Path, *, resume: bool, fresh: bool) -> Start:
         note = f" (nothing to resume in {folder})" if resume else ""
         return Start(None, f"starting a new run in {folder}{note}")
     if fresh:
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-            number += 1
-        folder.rename(aside)
-        return Start(None, f"starting a new run in {folder}; the earlier one is now {aside}")
+        return Start(None, f"starting a new run in {folder}; the earlier one is now {set_aside(folder)}")
     if not resume:
         raise UserError(
             f"output_dir {folder} already holds a run: continue it with --resume, start over with --fresh "
@@ -63,6 +59,14 @@ def choose_start(output_dir: str | Path, *, resume: bool, fresh: bool) -> Start:
     if checkpoint is None:
         return Start(None, f"no complete checkpoint in {folder}: starting the run again from its first step")
     return Start(Path(checkpoint), f"resuming from {checkpoint}")
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file or folder to `<path>.1` (or .2, ...), and return that."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return path.rename(aside)
 
 
 def holds_run(folder: Path) -> bool:

@@ -59,6 +59,8 @@ def load_splits(name: str, config: str | dict[str, Any] | None) -> DatasetDict:
             raise UserError("dataset_config: a mapping is for reasoning_gym datasets; here it is a name, or null")
         else:
             splits = load_dataset(name, name=config)
+    except StopIteration:  # from datasets' reader of JSON
+        raise UserError(f"dataset_name: the file {name} is empty") from None
     except (OSError, ValueError, ConnectionError) as error:
         raise UserError(f"dataset_name: {name!r} can't be loaded: {error}") from error
     return splits if isinstance(splits, DatasetDict) else DatasetDict(train=splits)
