@@ -15,8 +15,10 @@ import json
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
 
@@ -42,6 +44,10 @@ class _Request:
     num_generations: int
     sampling: SamplingParams
     answer: Future[tuple[Completions, int]] = dataclasses.field(default_factory=Future)
+
+    @property
+    def settings(self) -> tuple[int, SamplingParams]:
+        return self.num_generations, self.sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +82,23 @@ class RolloutServer:
 
     def serve(self) -> None:
         """Runs until `close` or Ctrl-C."""
-        listener = threading.Thread(target=self._http.serve_forever, daemon=True)
+        listener = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
         listener.start()
         try:
-            while (job := self._jobs.get()) is not None:
+            waiting: deque[_Request | _Update | None] = deque()
+            while True:
+                while not waiting or not self._jobs.empty():
+                    waiting.append(self._jobs.get())
+                job = waiting.popleft()
+                if job is None:
+                    break
                 if isinstance(job, _Update):
-                    self._answer(job.answer, lambda job=job: self._load(job))
-                else:
-                    self._generate(job)
+                    self._answer(job.answer, partial(self._load, job))
+                    continue
+                together = [job]
+                while waiting and isinstance(waiting[0], _Request) and waiting[0].settings == job.settings:
+                    together.append(waiting.popleft())  # type: ignore[arg-type]
+                self._generate(together)
         except KeyboardInterrupt:
             logger.info("stopped by Ctrl-C")
         finally:
@@ -118,19 +133,7 @@ class RolloutServer:
         self.version += 1
         return self.version
 
-    def _generate(self, first: _Request) -> None:
-        together, later = [first], []
-        while True:
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                break
-            alike = (
-                isinstance(job, _Request)
-                and not later
-                and (job.num_generations, job.sampling) == (first.num_generations, first.sampling)
-            )
-            (together if alike else later).append(job)  # type: ignore[arg-type]
+    def _generate(self, together: list[_Request]) -> None:
         batch: Future[Completions] = Future()
         self._answer(batch, lambda: self._sample(together))
         start = 0
@@ -142,8 +145,6 @@ class RolloutServer:
                 part = Completions(*(None if rows is None else rows[start:end] for rows in batch.result()))  # type: ignore[arg-type]
                 request.answer.set_result((part, self.version))
             start = end
-        for job in later:
-            self._jobs.put(job)
 
     def _sample(self, requests: list[_Request]) -> Completions:
         if self._half_loaded is not None:
@@ -154,6 +155,7 @@ class RolloutServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    timeout = 300.0  # seconds for the next piece of a body to arrive
     server_of: RolloutServer
 
     def do_GET(self) -> None:
@@ -169,10 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._send(200, work())
         except (ValueError, TypeError, KeyError) as error:
-            self.close_connection = True  # part of the body may be unread
             self._send(400, {"error": f"{type(error).__name__}: {error}"})
         except Exception as error:
-            self.close_connection = True
             self._send(500, {"error": f"{type(error).__name__}: {error}"})
 
     def _generate(self) -> dict[str, Any]:
@@ -185,11 +185,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _weights(self) -> dict[str, Any]:
         if self.headers.get("Transfer-Encoding") != "chunked":
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
             raise ValueError("POST /weights takes a chunked body")
-        return {"version": self.server_of.submit(_Update(self._read_weights()))}
+        weights = self._read_weights()
+        try:
+            return {"version": self.server_of.submit(_Update(weights))}
+        finally:
+            for _ in weights:  # what a failed update left unread: the caller reads no answer before it has sent all
+                pass
 
     def _read_weights(self) -> Iterator[tuple[str, Tensor]]:
-        while size := int(self.rfile.readline().strip() or b"?", 16):  # an empty line: the connection was lost
+        while True:
+            line = self.rfile.readline()
+            if not line:
+                raise ConnectionError("the connection was lost in the middle of the weights")
+            size = int(line, 16)
+            if size == 0:
+                break
             body = self.rfile.read(size)
             self.rfile.readline()
             if len(body) < size:
@@ -200,6 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, answer: dict[str, Any]) -> None:
         body = json.dumps(answer).encode()
         self.send_response(status)
+        self.send_header("Connection", "close")
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

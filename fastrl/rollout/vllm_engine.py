@@ -124,9 +124,9 @@ class VLLMEngine:
             "ignore_eos": True,  # nothing but stop_token_ids
             "seed": None if sampling.seed is None else sampling.seed + row * num_generations,
             "logprobs": 0 if sampling.logps else None,  # 0: of the sampled token alone
-            "detokenize": bool(sampling.stop),
             **sampling.engine_kwargs,
         }
+        settings.setdefault("detokenize", bool(settings["stop"]))
         if isinstance(settings.get("structured_outputs"), dict):
             settings["structured_outputs"] = StructuredOutputsParams(**settings["structured_outputs"])
         try:
@@ -173,6 +173,9 @@ def _pack_tied_head(model: nn.Module) -> None:
 
 
 def _make_llm(**settings: Any) -> Any:
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if settings.get(name, 1) != 1:  # weights are handed over within one process
+            raise ValueError(f"{name}: expected 1, got {settings[name]}: vLLM runs on one device here")
     try:
         import vllm
     except ImportError as error:

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dtype=args.dtype,
         max_model_length=args.max_model_length,
         gpu_memory_utilization=args.gpu_memory_utilization,
-        llm_kwargs={"tensor_parallel_size": args.tensor_parallel_size, **args.llm_kwargs},
+        llm_kwargs=args.llm_kwargs,
     )
     server = RolloutServer(engine, args.host, args.port)
     print(f"serving {args.model} at {server.url}, completions end at {eos_token_ids}", flush=True)
@@ -42,7 +42,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="float32, bfloat16, ...; default: vLLM's choice for the model")
     parser.add_argument("--max-model-length", type=int, help="tokens of prompt and completion together")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--eos-token-ids", type=int, nargs="+", help="default: the tokenizer's and the model's")
     parser.add_argument("--llm-kwargs", type=json.loads, default={}, help="JSON, more arguments of vllm.LLM")
     return parser

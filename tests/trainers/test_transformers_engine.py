@@ -1,16 +1,30 @@
-"""TransformersEngine: what it samples from, where it cuts, and that it leaves the model as it was."""
+"""TransformersEngine: what it samples from, where it cuts, what it tells, and that it leaves the model as it was."""
+
+import copy
+from typing import Any
 
 import pytest
 import torch
-from tiny_runs import WORDS, tiny_model
+from tiny_runs import WORDS, make_tokenizer, tiny_model
 
 from fastrl.rollout import RolloutEngine, SamplingParams, TransformersEngine
 
 PROMPTS = [[6, 7, 8], [9], [10, 11]]
 
 
-def engine(model: torch.nn.Module, eos: tuple[int, ...] = (2,)) -> TransformersEngine:
-    return TransformersEngine(model, eos_token_ids=eos, pad_token_id=0, bos_token_id=1)
+def engine(model: torch.nn.Module, eos: tuple[int, ...] = (2,), **arguments: Any) -> TransformersEngine:
+    return TransformersEngine(model, eos_token_ids=eos, pad_token_id=0, bos_token_id=1, **arguments)
+
+
+def scored(model: torch.nn.Module, prompt: list[int], ids: list[int], warp: Any) -> torch.Tensor:
+    """Log-probabilities (T,) of a completion by a plain forward, the logits (T, V) warped first."""
+    with torch.no_grad():
+        logits = model.eval()(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].float()
+    return warp(logits).log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)]
+
+
+def top3(logits: torch.Tensor) -> torch.Tensor:
+    return logits.masked_fill(logits < logits.topk(3).values[:, -1:], -torch.inf)
 
 
 def test_shape_and_order() -> None:
@@ -18,7 +32,7 @@ def test_shape_and_order() -> None:
     rollouts = engine(tiny_model())
     assert isinstance(rollouts, RolloutEngine)
     sampled = rollouts.generate(PROMPTS, 4, SamplingParams(max_tokens=6))
-    assert len(sampled.ids) == 12 and sampled.logps is None
+    assert len(sampled.ids) == 12 and sampled.logps is None and len(sampled.finish_reasons) == 12
     assert all(1 <= len(ids) <= 6 for ids in sampled.ids)
     assert rollouts.generate([], 4, SamplingParams(max_tokens=6)).ids == []
 
@@ -105,3 +119,103 @@ def test_errors() -> None:
         engine(tiny_model()).generate([[6], []], 1, SamplingParams(max_tokens=4))
     with pytest.raises(ValueError, match="GenerationConfig has no entry top_q"):
         engine(tiny_model()).generate([[6]], 1, SamplingParams(max_tokens=4, engine_kwargs={"top_q": 1}))
+
+
+BATCHING = {"page_size": 16, "num_blocks": 64, "max_batch_tokens": 128}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "warp", "from_policy", "batching"),
+    [
+        ({}, lambda z: z, True, None),
+        ({"temperature": 0.7}, lambda z: z / 0.7, True, None),
+        ({"temperature": 0.7, "top_k": 3}, lambda z: top3(z / 0.7), False, None),
+        ({"temperature": 0}, lambda z: z, False, None),
+        ({"temperature": 0.7, "top_k": 3}, lambda z: top3(z / 0.7), False, BATCHING),
+    ],
+    ids=["plain", "temperature", "top_k", "greedy", "continuous"],
+)
+def test_logps_are_those_of_the_sampling_distribution(
+    sampling: dict, warp: Any, from_policy: bool, batching: dict | None
+) -> None:
+    model = tiny_model()
+    settings = SamplingParams(max_tokens=12, logps=True, seed=1, **sampling)
+    assert settings.from_policy is from_policy
+    ends = (2, 8, 12, 20, 33)
+    sampled = engine(model, ends, continuous_batching=batching).generate(PROMPTS, 3, settings)
+    lengths = [len(ids) for ids in sampled.ids]
+    assert len(set(lengths)) > 1 or sampling.get("temperature") == 0
+    rows = [prompt for prompt in PROMPTS for _ in range(3)]
+    for prompt, ids, logps, reason in zip(rows, *sampled, strict=True):
+        torch.testing.assert_close(torch.tensor(logps), scored(model, prompt, ids, warp), rtol=1e-4, atol=1e-4)
+        assert reason == ("stop" if ids[-1] in ends else "length") and (reason == "stop" or len(ids) == 12)
+
+
+def test_continuous_batching_samples_the_same_greedily_and_leaves_the_model() -> None:
+    model = tiny_model().train()
+    attention = model.config._attn_implementation
+    sampling = SamplingParams(max_tokens=10, temperature=0)
+    together = engine(model, continuous_batching=BATCHING).generate(PROMPTS, 2, sampling)
+    assert together == engine(model).generate(PROMPTS, 2, sampling)
+    assert model.training and model.config._attn_implementation == attention
+
+
+def test_seed() -> None:
+    rollouts = engine(tiny_model(), ())
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    one, again, other = (
+        rollouts.generate(PROMPTS, 2, SamplingParams(max_tokens=8, seed=seed)).ids for seed in (5, 5, 6)
+    )
+    assert one == again != other
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_continuous_batching_follows_torchs_random_state() -> None:
+    rollouts = engine(tiny_model(), (), continuous_batching=BATCHING)
+    sampled = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        sampled.append(rollouts.generate(PROMPTS, 2, SamplingParams(max_tokens=8)).ids)
+    assert sampled[0] == sampled[1]
+
+
+def test_stop_strings_end_a_completion_with_the_token_that_completes_them() -> None:
+    tokenizer = make_tokenizer()
+    rollouts = engine(tiny_model(), tokenizer=tokenizer)
+    free = rollouts.generate(PROMPTS, 8, SamplingParams(max_tokens=12, seed=3, logps=True))
+    text = [tokenizer.decode(ids) for ids in free.ids]
+    stop = next(tokenizer.decode(ids[2:4]) for ids in free.ids if len(ids) > 5)  # two tokens long
+    stopped = rollouts.generate(PROMPTS, 8, SamplingParams(max_tokens=12, seed=3, logps=True, stop=(stop, "nowhere")))
+    ended = 0
+    for ids, logps, reason, whole in zip(*stopped, text, strict=True):
+        assert len(ids) == len(logps)
+        inside = stop in tokenizer.decode(ids)
+        assert inside == (stop in whole) or ids[-1] == 2  # the streams part only where a row has ended
+        if inside:
+            ended += 1
+            assert reason == "stop" and stop not in tokenizer.decode(ids[:-1])
+    assert ended
+    with pytest.raises(ValueError, match="stop: finding stop strings takes the tokenizer"):
+        engine(tiny_model()).generate(PROMPTS, 1, SamplingParams(max_tokens=4, stop=("a",)))
+    with pytest.raises(ValueError, match="stop: stop strings do not work with continuous batching"):
+        engine(tiny_model(), tokenizer=tokenizer, continuous_batching=BATCHING).generate(
+            PROMPTS, 1, SamplingParams(max_tokens=4, stop=("a",))
+        )
+
+
+def test_a_copy_of_the_model_gets_its_weights() -> None:
+    model = tiny_model()
+    rollouts = engine(copy.deepcopy(model))
+    assert not rollouts.shares_weights_with(model) and engine(model).shares_weights_with(model)
+    sampling = SamplingParams(max_tokens=10, temperature=0)
+    before = rollouts.generate(PROMPTS, 1, sampling)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert rollouts.generate(PROMPTS, 1, sampling) == before
+    rollouts.sync_weights(model)
+    assert rollouts.generate(PROMPTS, 1, sampling) == engine(model).generate(PROMPTS, 1, sampling) != before
+    with pytest.raises(ValueError, match="expected the parameters of the engine's copy"):
+        rollouts.sync_weights(tiny_model("qwen2"))
