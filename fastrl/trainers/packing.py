@@ -43,7 +43,7 @@ class Pass(Generic[Batch]):
     sequences: Tensor  # (B,) their places in the batch
     batch: Batch  # B
     inputs: dict[str, Tensor]  # of the model's forward, each (R, S), the mask also (R, 1, S, S)
-    tokens: Tensor  # (R, S) bool: what of the inputs is not padding
+    tokens: Tensor  # (R, S) bool: what of the inputs has a successor in its sequence, so neither padding nor an end
     places: Tensor | None  # (B, T) where the R * S hidden states score each token; None: the last T of each row
 
     def select(self, hidden: Tensor) -> Tensor:
@@ -159,8 +159,10 @@ class Packer:
                 count += 1
             sequences = torch.tensor(sorted(order[:count]), device=batch.prompt_ids.device)
             part = batch.select(sequences)
-            inputs = _padded_inputs(part, self.takes_positions)
-            yield Pass(sequences, part, inputs, inputs["attention_mask"].bool(), None)
+            mask = torch.cat([part.prompt_mask, part.completion_mask], dim=1)
+            yield Pass(
+                sequences, part, _padded_inputs(part, self.takes_positions), mask[:, :-1] & mask[:, 1:], places=None
+            )
             order = order[count:]
 
     # A row for each group --------------------------------------------------------------------------------------------
