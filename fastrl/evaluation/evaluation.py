@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,19 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, ready for `json.dumps`."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Evaluation:
+        """What `to_json` gave; other keys are left out.
+
+        Raises:
+            KeyError, TypeError: it is something else.
+        """
+        values = {item.name: content[item.name] for item in fields(cls)}
+        values["curves"] = {name: [Estimate(**point) for point in curve] for name, curve in content["curves"].items()}
+        values["rewards"] = {name: Estimate(**reward) for name, reward in content["rewards"].items()}
+        values["greedy"] = None if content["greedy"] is None else Estimate(**content["greedy"])
+        return cls(**values)
 
     def table(self) -> str:
         """For a terminal: a line per n, a column per way of choosing."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
 from fastrl.evaluation.evaluation import Estimate, Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -17,7 +21,14 @@ def plot_evaluation(evaluation: Evaluation, title: str = "") -> bytes:
     """A PNG: a curve per way of choosing over n on a logarithmic axis, bands of one standard error, the greedy accuracy
     as a dashed line."""
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    draw_evaluation(figure.subplots(), evaluation, title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def draw_evaluation(axes: Axes, evaluation: Evaluation, title: str = "") -> None:
+    """What `plot_evaluation` shows, in a figure of the caller's."""
     for i, (name, curve) in enumerate(evaluation.curves.items()):
         color = _COLORS[i % len(_COLORS)]
         axes.plot(
@@ -41,9 +52,6 @@ def plot_evaluation(evaluation: Evaluation, title: str = "") -> bytes:
     axes.grid(alpha=0.25)
     axes.legend(loc="best", fontsize=9)
     axes.set_title(title or f"{evaluation.prompts} prompts, {evaluation.samples_per_prompt} samples each", fontsize=10)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _band(point: Estimate) -> tuple[float, float]:

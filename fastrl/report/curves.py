@@ -6,7 +6,7 @@ import contextlib
 import io
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from fastrl.report.panels import Panel, Series, metric_names, metric_series, pan
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from fastrl.evaluation.evaluation import Evaluation
 
 # Okabe and Ito's colours, told apart by colour-blind readers too, without the yellow, which white paper swallows.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#8B5CF6")
@@ -84,13 +86,25 @@ def comparison_figure(
 
 def panel_svg(history: Sequence[Mapping[str, Any]], panel: Panel, names: Sequence[str]) -> str:
     """A panel as an <svg> element for a page: its ink is the text colour of the page, it names no other file."""
+    lines = [metric_series(history, name) for name in names]
+    return _svg(lambda axes: draw_panel(axes, panel, lines), salt="/".join(names))
+
+
+def evaluation_svg(evaluation: Evaluation, title: str) -> str:
+    """Accuracy against the number of samples, as such an element."""
+    from fastrl.evaluation.plot import draw_evaluation
+
+    return _svg(lambda axes: draw_evaluation(axes, evaluation, title), salt=title)
+
+
+def _svg(draw: Callable[[Axes], None], salt: str) -> str:
     from matplotlib.figure import Figure
 
     ink = dict.fromkeys(("text.color", "xtick.color", "ytick.color", "grid.color"), _INK)
     ink |= {"axes.labelcolor": _INK, "axes.edgecolor": _INK}
-    with _style({"svg.fonttype": "none", "svg.hashsalt": "/".join(names), **ink}):
+    with _style({"svg.fonttype": "none", "svg.hashsalt": salt, **ink}):
         figure = Figure(figsize=(4.8, 2.7), layout="constrained")
-        draw_panel(figure.subplots(), panel, [metric_series(history, name) for name in names])
+        draw(figure.subplots())
         out = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)

@@ -5,14 +5,13 @@ Everything that a run wrote (names, settings, samples) is escaped.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from fastrl.report.curves import panel_svg, panels_figure, plot_curves, save
+from fastrl.report.curves import evaluation_svg, panel_svg, panels_figure, plot_curves, save
 from fastrl.report.panels import SUBJECTS, Panel, panels_of
 from fastrl.report.runs import Change, Run, read_run
 from fastrl.run_files import REPORT_FOLDER, message_text
@@ -49,7 +48,8 @@ a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: un
 .good { color: var(--good); } .bad { color: var(--bad); }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); gap: .7rem; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; padding: .4rem; }
-figure svg, figure img { width: 100%; height: auto; display: block; } figure img { background: #fff; }
+figure svg { width: 100%; height: auto; display: block; }
+.evaluations figure { max-width: 34rem; } .evaluations pre { overflow-x: auto; white-space: pre; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; } svg text { font-family: system-ui, sans-serif; }
 .warning { background: var(--warn); border-left: 4px solid var(--warn-line); padding: .5rem .8rem; margin: .5rem 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
@@ -154,11 +154,9 @@ def _curves(run: Run) -> str:
 
 def _evaluations(run: Run) -> str:
     parts = []
-    for path in sorted({*run.folder.glob("eval*/*.png"), *run.folder.glob("eval*.png")}):
-        data = base64.b64encode(path.read_bytes()).decode()
-        name = escape(str(path.relative_to(run.folder)))
-        parts.append(f'<figure><img alt="{name}" src="data:image/png;base64,{data}"></figure>')
-    return f'<div class="curves">{"".join(parts)}</div>' if parts else ""
+    for place, evaluation in run.evaluations().items():
+        parts.append(f"<figure>{evaluation_svg(evaluation, place)}</figure><pre>{escape(evaluation.table())}</pre>")
+    return f'<div class="evaluations">{"".join(parts)}</div>' if parts else ""
 
 
 def _answers(answers: Mapping[str, Any]) -> str:

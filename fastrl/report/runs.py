@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastrl.report.panels import is_finite, metric_names, metric_series, split_prefix
 from fastrl.run_files import (
@@ -18,6 +19,9 @@ from fastrl.run_files import (
     read_history,
     read_json,
 )
+
+if TYPE_CHECKING:
+    from fastrl.evaluation.evaluation import Evaluation
 
 # What a method is judged by: the first that a run has logged; True: more is better.
 _JUDGED_BY = (
@@ -117,6 +121,16 @@ class Run:
     def answers(self) -> dict[str, Any]:
         """The answers to held-out prompts before and after training, from the report; empty if there are none."""
         return read_json(self.folder / REPORT_FOLDER / ANSWERS_FILE)
+
+    def evaluations(self) -> dict[str, Evaluation]:
+        """What `fastrl eval` wrote into folders within the run's, by their place in it."""
+        from fastrl.evaluation.evaluation import Evaluation
+
+        found = {}
+        for path in sorted({*self.folder.glob("*/results.json"), *self.folder.glob("*/*/results.json")}):
+            with contextlib.suppress(KeyError, TypeError, AttributeError):  # another program's results
+                found[str(path.parent.relative_to(self.folder))] = Evaluation.from_json(read_json(path))
+        return found
 
     def warnings(self) -> list[str]:
         """What in the logs a user should look at, a sentence each."""

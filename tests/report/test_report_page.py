@@ -60,6 +60,12 @@ def test_page_of_a_killed_run(grpo_run: Path) -> None:
     for step in (4, 8, 12):
         log.add("train", ["p"] * 6, [f"{i} {step} {SAMPLE}" for i in range(6)], {"exact": [0, 1, 0, 0, 0, None]})
         log.flush(step)
+    points = [{"mean": 0.25, "standard_error": 0.1}, {"mean": 0.5, "standard_error": None}]
+    evaluation = {"prompts": 8, "samples_per_prompt": 2, "sizes": [1, 2], "curves": {"pass@n": points}, "notes": []}
+    evaluation |= {"greedy": None, "rewards": {"exact": points[0]}, "cut_off": 0.0, "settings": {"model": "m"}}
+    for folder, content in (("eval/hard", evaluation), ("elsewhere", {"curves": 1})):
+        (grpo_run / folder).mkdir(parents=True)
+        (grpo_run / folder / "results.json").write_text(json.dumps(content))
     files = write_page(grpo_run)
     assert [path.name for path in files[:3]] == ["report.html", "curves.png", "curves_reward.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files[1:])
@@ -75,7 +81,8 @@ def test_page_of_a_killed_run(grpo_run: Path) -> None:
     assert "2 M parameters, 1.00% trained" in shown and "1.6 k tokens" in shown and "0 min 32 s of training" in shown
     assert "90% of the groups had equal rewards" in shown
     assert "dataset_name data <of> mine learning_rate 1e-06" in shown and "fastrl grpo --config 'a b'" in shown
-    assert page.elements.count("svg") == 12
+    assert page.elements.count("svg") == 13
+    assert "Accuracy over 8 prompts, 2 samples each" in shown and "0.250 ± 0.100" in shown and "elsewhere" not in shown
     defined = re.findall(r' id="(\w+)"', text)
     assert len(defined) == len(set(defined))
 
