@@ -19,6 +19,7 @@ class Answers(NamedTuple):
     logps: Tensor  # (B,): sum over the answer's tokens, or their mean where the objective averages
     ref_logps: Tensor | None  # (B,): the same under the reference; None: there is no reference
     counts: Tensor  # (B,): tokens
+    sums: Tensor  # (B,): log-probabilities summed over the answer's tokens, whatever the objective does with them
     closeness: Tensor | None = None  # (B,): mean of logp - log sum_v p_v^2, for WPO
     entropy: Tensor | None = None  # (B,): sum over the answer's tokens, nats
 
@@ -38,10 +39,19 @@ class AnswerTokens(NamedTuple):
 
     logps: Tensor
     mask: Tensor  # bool
+    members: Tensor  # the mask as 0 and 1
     sequences: Sequences
     ref_logps: Tensor | None = None  # per token, or (B,): summed already
     log_sum_sq_probs: Tensor | None = None
     entropy: Tensor | None = None
+    finite: bool = False  # logps and ref_logps are known to be finite, outside the mask too
+
+    @property
+    def total(self) -> Tensor:
+        """`(B,)`: logps summed over each answer's tokens."""
+        if self.finite:  # a product takes a third of the time of a choice on a CPU
+            return self.sequences.sum(self.logps * self.members)
+        return self.sequences.sum_inside(self.logps, self.mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +131,8 @@ class PairObjective:
 
 
 def token_counts(tokens: AnswerTokens) -> Tensor:
-    """`(B,)` int64."""
-    return tokens.sequences.counts(tokens.mask, torch.float64).to(torch.int64)
+    """`(B,)`, in the dtype of logps."""
+    return tokens.sequences.sum(tokens.members)
 
 
 def summarize(
@@ -139,28 +149,28 @@ def summarize(
         average: divide an answer's log-probability by its tokens.
         tail_weight: weight of the tokens beyond `shared`, the length that both answers of a pair reach.
     """
-    mask, sequences = tokens.mask, tokens.sequences
-    head, tail = mask, None
+    mask, sequences, tail = tokens.mask, tokens.sequences, None
     if tail_weight is not None and shared is not None:
-        before = sequences.spread(count.cumsum(0) - count)
+        length = count.to(torch.int64)
+        before = sequences.spread(length.cumsum(0) - length)
         position = mask.reshape(-1).cumsum(0).view(mask.shape) - before  # from 1 within the answer
-        within = position <= sequences.spread(shared)
-        head, tail = mask & within, mask & ~within
+        tail = mask & (position > sequences.spread(shared))
 
-    def total(x: Tensor) -> Tensor:
-        out = sequences.sum(torch.where(head, x, 0.0))
-        if tail is not None and tail_weight:
-            out = out + tail_weight * sequences.sum(torch.where(tail, x, 0.0))
-        return out / count.clamp(min=1) if average else out
+    def weighted(sums: Tensor, x: Tensor) -> Tensor:
+        if tail is not None and tail_weight is not None:
+            sums = sequences.sum_inside(x, mask & ~tail)
+            sums = sums + tail_weight * sequences.sum_inside(x, tail) if tail_weight else sums
+        return sums / count.clamp(min=1) if average else sums
 
     ref_logps, closeness, entropy = tokens.ref_logps, None, None
     if ref_logps is not None and ref_logps.shape == tokens.logps.shape:
-        ref_logps = total(ref_logps)
+        ref_logps = weighted(sequences.sum_inside(ref_logps, mask), ref_logps)
     if tokens.log_sum_sq_probs is not None:
         closeness = sequences.mean(tokens.logps.detach() - tokens.log_sum_sq_probs, mask)
     if tokens.entropy is not None:
-        entropy = sequences.sum(torch.where(mask, tokens.entropy, 0.0))
-    return Answers(total(tokens.logps), ref_logps, count.to(tokens.logps.dtype), closeness, entropy)
+        entropy = sequences.sum_inside(tokens.entropy, mask)
+    sums = tokens.total
+    return Answers(weighted(sums, tokens.logps), ref_logps, count, sums, closeness, entropy)
 
 
 def split(answers: Answers, parts: int) -> list[Answers]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from fastrl_kernels import linear_logprobs, validation
 from fastrl_kernels.head import accumulation_dtype
 
-from .aggregation import aggregation_weights
 from .dpo import PreferenceObjective
+from .masking import as_numbers, known_finite
 from .pairs import Answers, AnswerTokens, PairObjective, split, summarize, token_counts
 from .sequences import sequences_of
 
@@ -117,14 +117,16 @@ def preference_loss(
     _check_given("nll_logps", nll_logps, objective.nll_on_gold, objective.nll_weight != 0)
     _check_given("nll_mask", nll_mask, nll_logps is not None, objective.nll_weight != 0)
 
+    finite = all(side.finite for side in sides)  # an infinite answer has a gradient in the other
+    sides = [side._replace(finite=finite) for side in sides]
     counts = [token_counts(side) for side in sides]
-    shared = torch.minimum(*counts)
+    shared = None if objective.tail_weight is None else torch.minimum(*counts)
     chosen, rejected = (_answers(objective, *side, shared) for side in zip(sides, counts, strict=True))
-    nll = sides[0]
+    nll: Answers | AnswerTokens = chosen
     if nll_logps is not None and nll_mask is not None:
         nll = answer_tokens(nll_logps.reshape(1, -1), nll_mask.reshape(1, -1), side="nll_")
     elif nll_mask is not None:
-        nll = nll._replace(mask=_checked_mask("nll_mask", nll_mask, chosen_logps))
+        nll = answer_tokens(chosen_logps, nll_mask, offsets[0], side="nll_")
     return _loss(objective, chosen, rejected, nll, reward_shift, normalizer, nll_normalizer)
 
 
@@ -192,10 +194,11 @@ def linear_preference_loss(
 
     mask = _checked_mask("mask", mask, ids)
     pairs = sequences.count // parts
-    part = torch.arange(sequences.count, device=ids.device) // max(1, pairs)
-    nll_tokens = sequences.spread(part == (2 if objective.nll_on_gold else 0))
-    nll_tokens = nll_tokens & (mask if nll_mask is None else _checked_mask("nll_mask", nll_mask, ids))
-    scored = mask if nll_mask is None else mask | nll_tokens
+    scored, nll_tokens = mask, None
+    if nll_mask is not None:
+        chosen = sequences.spread(torch.arange(sequences.count, device=ids.device) < pairs)
+        nll_tokens = chosen & _checked_mask("nll_mask", nll_mask, ids)
+        scored = mask | nll_tokens
     head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap, "tp_group": tp_group, "backend": backend}
     run = {"memory_budget": memory_budget, "capturable": capturable, "explain": explain}
     stats = linear_logprobs(
@@ -211,13 +214,17 @@ def linear_preference_loss(
             log_sum_sq_probs = doubled.lse - 2 * stats.lse
     tokens = answer_tokens(stats.logps, mask, cu_seqlens, ref_logps, log_sum_sq_probs, stats.entropy)
     count = token_counts(tokens)
-    shared = torch.minimum(count[:pairs], count[pairs : 2 * pairs])
-    answers = split(_answers(objective, tokens, count, shared.repeat(parts)), parts)
-    nll = tokens._replace(mask=nll_tokens)
+    shared = None
+    if objective.tail_weight is not None:
+        shared = torch.minimum(count[:pairs], count[pairs : 2 * pairs]).repeat(parts)
+    answers = split(_answers(objective, tokens, count, shared), parts)
+    nll: Answers | AnswerTokens = answers[2 if objective.nll_on_gold else 0]
+    if nll_tokens is not None:
+        nll = answer_tokens(stats.logps, nll_tokens, cu_seqlens)
     return _loss(objective, answers[0], answers[1], nll, reward_shift, normalizer, nll_normalizer)
 
 
-def _answers(objective: PairObjective, tokens: AnswerTokens, count: Tensor, shared: Tensor) -> Answers:
+def _answers(objective: PairObjective, tokens: AnswerTokens, count: Tensor, shared: Tensor | None) -> Answers:
     average, tail_weight = objective.average_log_prob, objective.tail_weight
     return summarize(tokens, count, average=average, shared=shared, tail_weight=tail_weight)
 
@@ -226,7 +233,7 @@ def _loss(
     objective: PairObjective,
     chosen: Answers,
     rejected: Answers,
-    nll: AnswerTokens,
+    nll: Answers | AnswerTokens,
     reward_shift: Tensor | float | None,
     normalizer: Tensor | float | None,
     nll_normalizer: Tensor | float | None,
@@ -239,24 +246,32 @@ def _loss(
     present = (chosen.counts + rejected.counts) > 0
     pairs = present.sum().clamp(min=1)
     loss = torch.where(present, losses, 0.0).sum() / (pairs if normalizer is None else normalizer)
-    metrics = _metrics(objective, chosen, rejected, present, pairs)
+    with torch.no_grad():
+        rewards = objective.rewards(chosen), objective.rewards(rejected)
+        metrics = _metrics(objective, chosen, rejected, *rewards, present, pairs)
+        logps = torch.cat([chosen.logps, rejected.logps])
     if objective.nll_weight != 0:
-        weights = aggregation_weights(
-            "token-mean", nll.mask, nll.sequences, normalizer=nll_normalizer, dtype=nll.logps.dtype
-        )
-        nll_loss = -(weights * torch.where(nll.mask, nll.logps, 0.0)).sum()
-        loss = loss + objective.nll_weight * nll_loss
+        nll_loss = _nll(nll, nll_normalizer)
+        loss = torch.add(loss, nll_loss, alpha=objective.nll_weight)
         metrics["nll_loss"] = nll_loss.detach()
-    logps = torch.cat([chosen.logps, rejected.logps]).detach()
-    rewards = torch.cat([objective.rewards(chosen), objective.rewards(rejected)]).detach()
-    return PreferenceOutput(loss, logps, rewards, metrics)
+    return PreferenceOutput(loss, logps, torch.cat(rewards), metrics)
 
 
-@torch.no_grad()
+def _nll(of: Answers | AnswerTokens, normalizer: Tensor | float | None) -> Tensor:
+    """The token-mean negative log-likelihood."""
+    sums, counts = (of.sums, of.counts) if isinstance(of, Answers) else (of.total, of.members)
+    return sums.sum() / -(counts.sum().clamp(min=1) if normalizer is None else normalizer)
+
+
 def _metrics(
-    objective: PairObjective, chosen: Answers, rejected: Answers, present: Tensor, pairs: Tensor
+    objective: PairObjective,
+    chosen: Answers,
+    rejected: Answers,
+    upper: Tensor,  # (B,) rewards
+    lower: Tensor,  # (B,)
+    present: Tensor,  # (B,) bool
+    pairs: Tensor,
 ) -> dict[str, Tensor]:
-    upper, lower = objective.rewards(chosen), objective.rewards(rejected)
     per_pair = {
         "rewards/chosen": upper,
         "rewards/rejected": lower,
@@ -266,7 +281,8 @@ def _metrics(
         "logps/rejected": rejected.logps,
         **objective.extra_metrics(chosen, rejected),
     }
-    metrics = {name: torch.where(present, x, 0.0).sum() / pairs for name, x in per_pair.items()}
+    means = torch.where(present, torch.stack(list(per_pair.values())), 0.0).sum(-1) / pairs
+    metrics = dict(zip(per_pair, means.unbind(), strict=True))
     if chosen.entropy is not None and rejected.entropy is not None:
         tokens = (chosen.counts.sum() + rejected.counts.sum()).clamp(min=1)
         metrics["entropy"] = (chosen.entropy.sum() + rejected.entropy.sum()) / tokens
@@ -299,20 +315,24 @@ def answer_tokens(
         validation.check_device(what, x, logps.device)
         return x.detach().to(dtype)
 
+    ref_logps = constant(f"ref_{name}", ref_logps, summed=True)
+    inside = _checked_mask(f"{side}mask", mask, logps)
     return AnswerTokens(
         logps.to(dtype),
-        _checked_mask(f"{side}mask", mask, logps),
+        inside,
+        as_numbers(inside, dtype),
         sequences,
-        constant(f"ref_{name}", ref_logps, summed=True),
+        ref_logps,
         constant(f"{side}log_sum_sq_probs", log_sum_sq_probs),
         constant(f"{side}entropy", entropy),
+        known_finite(logps) and (ref_logps is None or known_finite(ref_logps)),
     )
 
 
 def _checked_mask(name: str, mask: Tensor, like: Tensor) -> Tensor:
     validation.check_shape(name, mask, tuple(like.shape), "one entry per token")
     validation.check_device(name, mask, like.device)
-    return mask if mask.dtype == torch.bool else mask != 0
+    return mask.bool()
 
 
 def _check_given(name: str, x: object, needed: bool, allowed: bool) -> None:

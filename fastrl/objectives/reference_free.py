@@ -44,7 +44,8 @@ class _Contrast(PairObjective):
             return squared(difference, self.beta)
         if self.loss_type == "hinge":
             return hinge(self.beta * difference)
-        return logistic(self.beta * difference - self.target_margin, self.label_smoothing)
+        margin = self.beta * difference
+        return logistic(margin - self.target_margin if self.target_margin else margin, self.label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +204,5 @@ class ORPOObjective(PairObjective):
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0 without cancellation; a probability of exactly 1 counts as the next one below it."""
-    x = torch.clamp(x, max=-torch.finfo(x.dtype).tiny)
-    near_one = x > -0.6931471805599453
-    safe = torch.where(near_one, x, -1.0)  # the branch not taken must not make NaN gradients
-    return torch.where(near_one, torch.log(-torch.expm1(safe)), torch.log1p(-torch.exp(torch.where(near_one, -1.0, x))))
+    """log(1 - exp(x)) for x <= 0; a probability of exactly 1 counts as the next one below it."""
+    return torch.log(-torch.expm1(torch.clamp(x, max=-torch.finfo(x.dtype).tiny)))

@@ -54,13 +54,17 @@ class Sequences(ABC):
     def _largest(self, x: Tensor) -> Tensor:
         """Token values to `(B,)`: the largest of each sequence, -inf for an empty one."""
 
+    def sum_inside(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`(B,)`: sum over the tokens of the mask, 0 where there is none. x is not read elsewhere."""
+        return self.sum(inside(x, mask))
+
     def counts(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
         """`(B,)`: tokens of the mask in each sequence, in a floating dtype."""
         return self.sum(as_numbers(mask, dtype))
 
     def mean(self, x: Tensor, mask: Tensor) -> Tensor:
         """`(B,)`: mean over the tokens of the mask, 0 where there is none. x is not read elsewhere."""
-        return self.sum(inside(x, mask)) / self.counts(mask, x.dtype).clamp(min=1)
+        return self.sum_inside(x, mask) / self.counts(mask, x.dtype).clamp(min=1)
 
     def last_token(self, mask: Tensor) -> Tensor:
         """The mask with only the last of its tokens left in each sequence."""
@@ -70,7 +74,7 @@ class Sequences(ABC):
 
     def last(self, x: Tensor, mask: Tensor) -> Tensor:
         """`(B,)`: value at the last token of the mask, 0 where there is none."""
-        return self.sum(inside(x, self.last_token(mask)))
+        return self.sum_inside(x, self.last_token(mask))
 
     def max(self, x: Tensor, mask: Tensor) -> Tensor:
         """`(B,)`: largest value over the tokens of the mask, 0 where there is none; detached."""
