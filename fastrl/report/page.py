@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.report.curves import evaluation_svg, panel_svg, panels_figure, plot_curves, save
-from fastrl.report.panels import SUBJECTS, Panel, panels_of
+from fastrl.report.panels import SUBJECTS, Panel, panels_of, split_prefix
 from fastrl.report.runs import Change, Run, read_run
 from fastrl.run_files import REPORT_FOLDER, message_text
 
@@ -49,12 +49,13 @@ a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: un
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); gap: .7rem; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; padding: .4rem; }
 figure svg { width: 100%; height: auto; display: block; }
+figcaption { color: var(--dim); font: .72rem ui-monospace, monospace; padding: .1rem .3rem; }
 .evaluations figure { max-width: 34rem; } .evaluations pre { overflow-x: auto; white-space: pre; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; } svg text { font-family: system-ui, sans-serif; }
 .warning { background: var(--warn); border-left: 4px solid var(--warn-line); padding: .5rem .8rem; margin: .5rem 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
-th { color: var(--dim); font-weight: 600; } td.number { font-variant-numeric: tabular-nums; }
+th { color: var(--dim); font-weight: 600; white-space: nowrap; } td.number { font-variant-numeric: tabular-nums; }
 .pairs table { width: auto; } td.name { white-space: nowrap; padding-right: 2rem; }
 .samples td.text:nth-child(-n+2) { min-width: 14rem; }
 .text div { white-space: pre-wrap; max-height: 16em; overflow-y: auto; }
@@ -147,9 +148,14 @@ def _card(value: str, label: str) -> str:
 def _curves(run: Run) -> str:
     parts = []
     for subject, panels in _by_subject(run).items():
-        drawn = "".join(f"<figure>{panel_svg(run.history, *panel)}</figure>" for panel in panels)
+        drawn = "".join(_figure(run, panel, names) for panel, names in panels)
         parts.append(f'<h3>{_TITLES[subject]}</h3><div class="curves">{drawn}</div>')
     return "\n".join(parts)
+
+
+def _figure(run: Run, panel: Panel, names: Sequence[str]) -> str:
+    bases = dict.fromkeys(split_prefix(name)[1] for name in names)
+    return f"<figure>{panel_svg(run.history, panel, names)}<figcaption>{escape(', '.join(bases))}</figcaption></figure>"
 
 
 def _evaluations(run: Run) -> str:
