@@ -306,7 +306,8 @@ def _bar(done: int, total: int | None, label: Text) -> Table:
     row = Table.grid(expand=True)
     row.add_column(ratio=1)
     row.add_column(no_wrap=True)
-    row.add_row(ProgressBar(total=total, completed=done, pulse=total is None), label)
+    bar = ProgressBar(total=total, completed=done, pulse=total is None, complete_style="blue", finished_style="green")
+    row.add_row(bar, label)
     return row
 
 
