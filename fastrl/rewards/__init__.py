@@ -2,6 +2,7 @@
 
 from fastrl.rewards.completions import (
     boxed_answer,
+    canonical_answer,
     completion_text,
     extracted_answer,
     last_word,
@@ -17,16 +18,23 @@ from fastrl.rewards.form import (
 from fastrl.rewards.math_answers import accuracy_reward, get_cosine_scaled_reward, reasoning_accuracy_reward
 from fastrl.rewards.model import RewardModel, with_reward_models
 from fastrl.rewards.registry import REWARD_FUNCS, get_reward_func
-from fastrl.rewards.verifiable import exact_number_reward, final_answer_reward, reasoning_gym_reward
+from fastrl.rewards.verifiable import (
+    exact_number_reward,
+    extracted_answer_reward,
+    final_answer_reward,
+    reasoning_gym_reward,
+)
 
 __all__ = [
     "REWARD_FUNCS",
     "RewardModel",
     "accuracy_reward",
     "boxed_answer",
+    "canonical_answer",
     "completion_text",
     "exact_number_reward",
     "extracted_answer",
+    "extracted_answer_reward",
     "final_answer_reward",
     "get_cosine_scaled_reward",
     "get_length_penalty_reward",

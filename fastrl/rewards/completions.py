@@ -48,9 +48,9 @@ def extracted_answer(text: str) -> str | None:
     stated = tagged[-1] if tagged else boxed_answer(text)
     if stated is None:
         numbers = _NUMBER.findall(text)
-        return _canonical(numbers[-1]) if numbers else None
+        return canonical_answer(numbers[-1]) if numbers else None
     inner = boxed_answer(stated)
-    return _canonical(stated if inner is None else inner) or None
+    return canonical_answer(stated if inner is None else inner) or None
 
 
 def boxed_answer(text: str) -> str | None:
@@ -76,7 +76,8 @@ def number_value(text: str) -> Decimal | None:
     return value if value.is_finite() else None
 
 
-def _canonical(text: str) -> str:
+def canonical_answer(text: str) -> str:
+    """An answer in the form of `extracted_answer`: a number by its value, other text by its words in lower case."""
     words = " ".join(text.split()).strip(_AROUND).lower()
     value = number_value(words)
     if value is None:

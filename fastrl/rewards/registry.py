@@ -18,7 +18,12 @@ from fastrl.rewards.form import (
     think_format_reward,
 )
 from fastrl.rewards.math_answers import accuracy_reward, get_cosine_scaled_reward, reasoning_accuracy_reward
-from fastrl.rewards.verifiable import exact_number_reward, final_answer_reward, reasoning_gym_reward
+from fastrl.rewards.verifiable import (
+    exact_number_reward,
+    extracted_answer_reward,
+    final_answer_reward,
+    reasoning_gym_reward,
+)
 from fastrl.suggestions import did_you_mean
 
 REWARD_FUNCS: dict[str, Callable[..., Any]] = {
@@ -26,6 +31,7 @@ REWARD_FUNCS: dict[str, Callable[..., Any]] = {
     for function in (
         accuracy_reward,
         exact_number_reward,
+        extracted_answer_reward,
         final_answer_reward,
         get_cosine_scaled_reward,
         get_length_penalty_reward,

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastrl.data.procedural import task_verifier
-from fastrl.rewards.completions import Completion, completion_text, last_word, number_value, stated_answer
+from fastrl.rewards.completions import (
+    Completion,
+    canonical_answer,
+    completion_text,
+    extracted_answer,
+    last_word,
+    number_value,
+    stated_answer,
+)
 
 
 def reasoning_gym_reward(
@@ -74,4 +82,19 @@ def exact_number_reward(completions: Sequence[Completion], answer: Sequence[str 
             raise ValueError(f"exact_number_reward: the column answer holds {expected!r}, which is not a number")
         text = completion_text(completion).strip()
         rewards.append(1.0 if number_value(text) == number else 0.5 if number_value(last_word(text)) == number else 0.0)
+    return rewards
+
+
+def extracted_answer_reward(completions: Sequence[Completion], answer: Sequence[str], **kwargs: Any) -> list[float]:
+    r"""1 where the completion's answer is the one expected, otherwise 0: the last `<answer>...</answer>`, `\boxed{...}`
+    or number, by the rules of `extracted_answer`, which also finds the one expected in a worked solution ("#### 72").
+
+    Args:
+        completions: B completions.
+        answer: B answers, or texts that end in them.
+    """
+    rewards = []
+    for completion, expected in zip(completions, answer, strict=True):
+        right = extracted_answer(str(expected)) or canonical_answer(str(expected))
+        rewards.append(float(extracted_answer(completion_text(completion)) == right))
     return rewards

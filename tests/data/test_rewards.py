@@ -13,6 +13,7 @@ from fastrl.rewards import (
     boxed_answer,
     exact_number_reward,
     extracted_answer,
+    extracted_answer_reward,
     final_answer_reward,
     get_cosine_scaled_reward,
     get_length_penalty_reward,
@@ -119,6 +120,17 @@ def test_form_rewards():
 )
 def test_extracted_answer(text, answer):
     assert extracted_answer(text) == answer
+
+
+def test_extracted_answer_reward():
+    given = {
+        "so it is 72.": "6 * 12 = <<6*12=72>>72\n#### 72",
+        "<answer>The Seine</answer>": "the seine",
+        r"\boxed{1,000}": "1000",
+        "73": "72",
+        "no idea": "72",
+    }
+    assert extracted_answer_reward(completions=list(given), answer=list(given.values())) == [1, 1, 1, 0, 0]
 
 
 def test_boxed_answer_of_many_open_braces_is_found_quickly():
