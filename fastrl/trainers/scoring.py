@@ -32,22 +32,30 @@ def completion_logps(
     rows = rollouts.mask.any(-1).nonzero().squeeze(-1)
     with _eval_mode(model):
         for part in packer.passes(rollouts.select(rows)) if len(rows) else ():
-
-            def score(hidden: Tensor, head: LMHead, part: Pass[TokenBatch] = part) -> Tensor:
-                return linear_logprobs(
-                    part.select(hidden),
-                    head.weight,
-                    part.batch.completion_ids,
-                    bias=head.bias,
-                    temperature=temperature,
-                    logit_scale=head.logit_scale,
-                    softcap=head.softcap,
-                    mask=part.batch.mask,
-                    backend=backend,
-                ).logps
-
-            scored = model(**part.inputs, fastrl_head=score)
+            scored = pass_logps(model, part, temperature=temperature, backend=backend)
             logps[rows[part.sequences], : scored.shape[1]] = scored.to(logps.dtype)
+    return logps
+
+
+@torch.no_grad()
+def pass_logps(model: nn.Module, part: Pass[Any], *, temperature: float, backend: str | None = None) -> Tensor:
+    """Log-probabilities (B, T) of the tokens of a pass, 0 where masked."""
+    batch = part.batch
+
+    def score(hidden: Tensor, head: LMHead) -> Tensor:
+        return linear_logprobs(
+            part.select(hidden),
+            head.weight,
+            batch.completion_ids,
+            bias=head.bias,
+            temperature=temperature,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            mask=batch.mask,
+            backend=backend,
+        ).logps
+
+    logps: Tensor = model(**part.inputs, fastrl_head=score)
     return logps
 
 
