@@ -91,6 +91,17 @@ def set_eos_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module, token: s
     configs.generation_config.eos_token_id = list(dict.fromkeys(ends))
 
 
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+    """Makes a token of the vocabulary the one that pads.
+
+    Raises:
+        ValueError: not in the vocabulary.
+    """
+    if token not in tokenizer.get_vocab():
+        raise ValueError(f"pad_token: {token!r} is not in the vocabulary of the tokenizer")
+    tokenizer.pad_token = token
+
+
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, model: nn.Module, path: str) -> list[int]:
     """Takes the chat template of a Jinja file (.jinja, .j2), or of the tokenizer at a path or hub id; from the latter
     also its end-of-sequence token and the added tokens that are missing, for which the embeddings grow.

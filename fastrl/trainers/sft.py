@@ -103,9 +103,7 @@ class SFTTrainer(OfflineTrainer):
         if args.eos_token is not None:
             model_setup.set_eos_token(self.tokenizer, policy, args.eos_token)
         if args.pad_token is not None:
-            if args.pad_token not in self.tokenizer.get_vocab():
-                raise ValueError(f"pad_token: {args.pad_token!r} is not in the vocabulary of the tokenizer")
-            self.tokenizer.pad_token = args.pad_token
+            model_setup.set_pad_token(self.tokenizer, args.pad_token)
         if args.chat_template_path is not None:
             added = model_setup.use_chat_template(self.tokenizer, policy, args.chat_template_path)
             if added and (peft_config is not None or model_setup.is_peft_model(policy)):
