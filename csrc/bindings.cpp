@@ -192,9 +192,10 @@ std::vector<double> surrogate_terms(
   return totals;
 }
 
-// Number of tokens of the mask in each row.
-void count_rows(bool fp64, int64_t rows, int64_t cols, uintptr_t mask, uintptr_t counts) {
+// Number of tokens of the mask in each row; their sum.
+double count_rows(bool fp64, int64_t rows, int64_t cols, uintptr_t mask, uintptr_t counts) {
   const uint8_t* x = pointer<uint8_t>(mask);
+  int64_t total = 0;
   for (int64_t row = 0; row < rows; ++row, x += cols) {
     int64_t count = 0;
     for (int64_t start = 0; start < cols; start += 128) {  // so many ones fit a byte
@@ -204,7 +205,9 @@ void count_rows(bool fp64, int64_t rows, int64_t cols, uintptr_t mask, uintptr_t
       count += sum;
     }
     fp64 ? pointer<double>(counts)[row] = static_cast<double>(count) : pointer<float>(counts)[row] = static_cast<float>(count);
+    total += count;
   }
+  return static_cast<double>(total);
 }
 
 // Number of candidates.

@@ -67,6 +67,7 @@ def aggregation_weights(
 def row_weights(
     aggregation: str,
     counts: Tensor,  # (B,)
+    total: float,
     *,
     normalizer: Tensor | float | None = None,
     length: float | None = None,
@@ -74,18 +75,22 @@ def row_weights(
 ) -> Tensor:
     """What `aggregation_weights` gives the tokens of the mask in each row of a padded batch, `(B, 1)`, from `counts`.
 
-    counts: `(B,)`, tokens of the mask in each row, in the dtype of the weights. The rest: see `aggregation_weights`.
+    Args:
+        counts: `(B,)`, tokens of the mask in each row, in the dtype of the weights; total: their sum.
+        The rest: see `aggregation_weights`.
     """
     _check(aggregation, normalizer, length)
-    ones = torch.ones_like(counts)
+    divisor: Tensor | float = 1.0
     if aggregation != "token-sum":
-        ones = ones / _divisor(aggregation, counts.sum, lambda: counts, normalizer=normalizer, length=length, eps=eps)
-    return ones.unsqueeze(-1)
+        divisor = _divisor(aggregation, lambda: total, lambda: counts, normalizer=normalizer, length=length, eps=eps)
+    if aggregation == "seq-mean-token-mean" and isinstance(divisor, Tensor):
+        return divisor.to(counts.dtype).reciprocal().unsqueeze(-1)
+    return counts.new_full((counts.shape[0], 1), 1 / float(divisor))  # a number is faster than a tensor of one
 
 
 def _divisor(
     aggregation: str,
-    tokens: Callable[[], Tensor],
+    tokens: Callable[[], Tensor | float],
     counts: Callable[[], Tensor],
     *,
     normalizer: Tensor | float | None,
@@ -93,8 +98,12 @@ def _divisor(
     eps: float,
 ) -> Tensor | float:
     """What a token's loss is divided by: one number, or for seq-mean-token-mean one per sequence, `(B,)`."""
+    if aggregation == "token-mean" and normalizer is None:
+        number = tokens()
+        return number.clamp(min=1) if isinstance(number, Tensor) else max(1.0, number)
     if aggregation == "token-mean":
-        return tokens().clamp(min=1) if normalizer is None else normalizer
+        assert normalizer is not None
+        return normalizer
     each = aggregation == "seq-mean-token-mean"
     if each or normalizer is None:
         lengths = counts()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from fastrl_kernels import TokenBatch, backends, linear_divergence_sum, linear_logprobs, ops, validation
 from fastrl_kernels.functional import harmonize
 from fastrl_kernels.head import LogitTransform
-from fastrl_kernels.objective import weighted_terms
+from fastrl_kernels.objective import SurrogateSpec, weighted_terms
 
 from .policy_inputs import checked_tokens, clean
 from .policy_metrics import masked_mean, metrics_from_totals, scalars
@@ -124,14 +124,13 @@ def policy_loss(
     return _with_exact_kl(objective, out, objective.beta * (batch.weights * kl).sum(), kl, mask)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Batch:
+class _Batch(NamedTuple):
     """What a form knows of its batch beside the tokens' values."""
 
     mask: Tensor  # tokens that count
     live: Tensor | None  # tokens that may carry a gradient; None: as the objective says of the tokens
     weights: Tensor  # of each token's loss, in a shape that broadcasts; of no meaning outside the mask
-    counts: Tensor | None = None  # (B,) tokens of the mask in each row, where a kernel of the CPU may run
+    counts: Tensor | None  # (B,) tokens of the mask in each row, where a kernel of the CPU may run
     sampling_logps: Tensor | None
     entropy_normalizer: Tensor | float | None
     entropy_threshold: Tensor | float | None
@@ -168,8 +167,8 @@ def _weights(
     """Weights of the tokens, and where a kernel of the CPU may run the tokens of each row, from which they follow."""
     if backend != "cpu" or mask.ndim != 2 or torch.compiler.is_compiling() or not _fit_a_kernel(tokens):
         return objective.token_weights(mask, normalizer, dtype, tokens.sequences), None
-    counts = backends.load("cpu").row_counts(mask, dtype)  # type: ignore[attr-defined]
-    return objective.row_weights(mask, normalizer, counts), counts
+    counts, total = backends.load("cpu").row_counts(mask, dtype)  # type: ignore[attr-defined]
+    return objective.row_weights(mask, normalizer, counts, total), counts
 
 
 def _live(objective: PolicyObjective, tokens: TokenBatch, mask: Tensor) -> Tensor:
@@ -179,7 +178,8 @@ def _live(objective: PolicyObjective, tokens: TokenBatch, mask: Tensor) -> Tenso
 def _evaluate(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, backend: str) -> LossOutput:
     scored, entry, live = tokens.mask, objective.surrogate, batch.live
     assert scored is not None  # both callers set it
-    fast = objective.entropy_coef == 0 and _surrogate_serves(objective, tokens, batch)
+    spec = None if batch.counts is None or objective.entropy_coef != 0 else objective.surrogate_spec
+    fast = spec is not None
     gated = objective.top_entropy_quantile < 1 or objective.off_policy_mask_threshold is not None
     if live is None and (gated or not fast):  # before a gate of ours joins the importance ratio
         live = _live(objective, tokens, batch.mask)
@@ -204,8 +204,8 @@ def _evaluate(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, bac
             inside = replace(tokens, logps=logps.detach(), old_logps=clean(tokens.old_logps, scored))
             selected = by_covariance(objective, inside)
         tokens = replace(tokens, selected=selected)
-    if fast:
-        return _by_kernel(objective, tokens, batch, live)
+    if spec is not None:
+        return _by_kernel(objective, spec, tokens, batch, live)
     assert live is not None  # only the kernel can do without
     bonus_weights = batch.bonus_weights(objective, bonus_mask)
     if bonus_weights is not None and tokens.entropy is None:
@@ -233,24 +233,28 @@ def _evaluate(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, bac
     return LossOutput(loss, logps.detach(), metrics)
 
 
-def _by_kernel(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch, live: Tensor | None) -> LossOutput:
+def _by_kernel(
+    objective: PolicyObjective, spec: SurrogateSpec, tokens: TokenBatch, batch: _Batch, live: Tensor | None
+) -> LossOutput:
     """Loss, gradient and metrics from the CPU's kernel of policy terms."""
-    leaf, dtype, entry = tokens.logps, tokens.logps.dtype, objective.surrogate
-    gradients = torch.is_grad_enabled() and leaf.requires_grad
-    entropy = None if tokens.entropy is None else tokens.entropy.detach()
-    tokens = replace(tokens, logps=leaf.detach(), entropy=entropy)
+    logps, dtype, entry = tokens.logps, tokens.logps.dtype, objective.surrogate
+    gradients = torch.is_grad_enabled() and logps.requires_grad
+    if tokens.entropy is not None and tokens.entropy.requires_grad:
+        tokens = replace(tokens, entropy=tokens.entropy.detach())  # its graph ends here
     kernel = backends.load("cpu").surrogate_terms  # type: ignore[attr-defined]
-    made = kernel(objective.surrogate_spec, tokens, batch.weights, batch.mask, live, gradients=gradients)
+    made = kernel(spec, tokens, batch.weights, batch.mask, live, gradients=gradients)
     policy = made.totals[0]
     if entry.empty_loss and objective.aggregation in (None, entry.aggregation):
         policy += _empty_sequences(tokens, batch).item()
     if gradients:
-        loss = ops.SurrogateTermsFunction.apply(leaf, made.grad_logps, policy, batch.weights, tokens, objective)
+        loss = ops.SurrogateTermsFunction.apply(logps, made.grad_logps, policy, batch.weights, tokens, objective)
     else:
         loss = torch.tensor(policy, dtype=dtype)
     own, shares = metrics_from_totals(objective, tokens, made.totals)
-    metrics = scalars({**own, "policy_loss": policy}, dtype) | scalars(shares, torch.get_default_dtype())
-    return LossOutput(loss, made.logps, metrics)
+    own["policy_loss"], share = policy, torch.get_default_dtype()
+    if share == dtype:
+        return LossOutput(loss, made.logps, scalars(own | shares, dtype))
+    return LossOutput(loss, made.logps, scalars(own, dtype) | scalars(shares, share))
 
 
 def _empty_sequences(tokens: TokenBatch, batch: _Batch) -> Tensor:
@@ -295,13 +299,6 @@ def _kernel_serves(
     return (
         backend != "reference" and objective.kernel_spec is not None and _fit_a_kernel(tokens, weights, bonus_weights)
     )
-
-
-def _surrogate_serves(objective: PolicyObjective, tokens: TokenBatch, batch: _Batch) -> bool:
-    """Whether the CPU's kernel of the other policy terms may."""
-    if batch.counts is None or objective.kernel_spec is not None or objective.surrogate_spec is None:
-        return False
-    return _fit_a_kernel(tokens)
 
 
 def _policy_terms(

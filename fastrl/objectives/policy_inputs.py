@@ -38,8 +38,8 @@ def checked_tokens(
     checked = validation.check_mask(mask, shape, device)
     if checked is None:
         raise ValueError(f"mask: expected a tensor of shape {tuple(shape)}, got None")
-    per_sequence = tuple(advantages.shape) == (b,)
-    if not per_sequence and tuple(advantages.shape) != tuple(shape):
+    per_sequence = advantages.shape == (b,)
+    if not per_sequence and advantages.shape != shape:
         raise ValueError(f"advantages: expected shape ({b},) or {tuple(shape)}, got {tuple(advantages.shape)}")
     of_ratio = None if importance_ratio is None else tuple(importance_ratio.shape)
     if importance_ratio is not None and of_ratio != tuple(shape) and of_ratio != (b, 1):

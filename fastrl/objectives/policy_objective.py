@@ -290,7 +290,7 @@ class PolicyObjective:
 
     @property
     def surrogate_spec(self) -> SurrogateSpec | None:
-        """The same for the CPU's kernel of the other policy terms; None where it must not stand in either."""
+        """The same for the CPU's kernel of the other policy terms; None also where the first kernel stands in."""
         return self._surrogate_spec if self._is_the_definition else None
 
     @property
@@ -322,6 +322,8 @@ class PolicyObjective:
         entry = self.surrogate
         kind, level = _KERNEL_SURROGATES.get(entry.loss), _KERNEL_LEVELS.get(self._level)
         if kind is None or level is None or self.sampled_kl or self.nll_coef != 0 or self.delta is not None:
+            return None
+        if self._kernel_spec is not None:
             return None
         steps = kind in ("variation", "divergence")
         low, high = self.ratio_bounds
@@ -378,10 +380,10 @@ class PolicyObjective:
         aggregation, numbers = self._aggregated(mask, normalizer, sequences.count)
         return aggregation_weights(aggregation, mask, sequences, **numbers, dtype=dtype)
 
-    def row_weights(self, mask: Tensor, normalizer: Tensor | float | None, counts: Tensor) -> Tensor:
-        """The weights of a padded batch's tokens, `(B, 1)`, from the tokens of the mask in each row, `(B,)`."""
+    def row_weights(self, mask: Tensor, normalizer: Tensor | float | None, counts: Tensor, total: float) -> Tensor:
+        """The weights of a padded batch's tokens, `(B, 1)`, from those that the mask has per row, `(B,)`, and in all."""
         aggregation, numbers = self._aggregated(mask, normalizer, counts.shape[0])
-        return row_weights(aggregation, counts, **numbers)
+        return row_weights(aggregation, counts, total, **numbers)
 
     def _aggregated(
         self, mask: Tensor, normalizer: Tensor | float | None, sequences: int

@@ -181,12 +181,11 @@ def covariances(
     return made, int(count) if bounds is not None else 0
 
 
-def row_counts(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tokens of a mask (B, T), bool, in each row: (B,) of fp32 or fp64."""
+def row_counts(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Tokens of a mask (B, T), bool, in each row: (B,) of fp32 or fp64, and their sum."""
     mask = mask.contiguous()
     counts = torch.empty(mask.shape[0], dtype=dtype)
-    _C.count_rows(dtype == torch.float64, *mask.shape, mask.data_ptr(), counts.data_ptr())
-    return counts
+    return counts, _C.count_rows(dtype == torch.float64, *mask.shape, mask.data_ptr(), counts.data_ptr())
 
 
 def divergence_rows(

@@ -23,7 +23,8 @@ def objectives() -> dict[str, PolicyObjective]:
         for name in conventions.losses:
             length = {"max_completion_length": 300} if name == "dr_grpo" else {}
             objective = PolicyObjective(loss_type=name, preset=preset, **length)
-            if objective.surrogate_spec is not None and objective.kernel_spec is None:
+            if objective.surrogate_spec is not None:
+                assert objective.kernel_spec is None
                 found[f"{preset} {name}"] = objective
     return found
 
