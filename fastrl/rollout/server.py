@@ -45,9 +45,10 @@ class _Request:
     sampling: SamplingParams
     answer: Future[tuple[Completions, int]] = dataclasses.field(default_factory=Future)
 
-    @property
-    def settings(self) -> tuple[int, SamplingParams]:
-        return self.num_generations, self.sampling
+    def joins(self, other: _Request) -> bool:
+        """Whether both may run as one batch. With a seed the completions must not depend on who else is there."""
+        same = (self.num_generations, self.sampling) == (other.num_generations, other.sampling)
+        return same and self.sampling.seed is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,8 @@ class _Update:
 
 
 class RolloutServer:
-    """Serves an engine. One thread runs the engine; requests that wait together and sample alike run as one batch.
+    """Serves an engine. One thread runs the engine; requests that wait together and sample alike, without a seed, run
+    as one batch.
 
     Args:
         engine: what samples; used by that thread alone.
@@ -96,7 +98,7 @@ class RolloutServer:
                     self._answer(job.answer, partial(self._load, job))
                     continue
                 together = [job]
-                while waiting and isinstance(waiting[0], _Request) and waiting[0].settings == job.settings:
+                while waiting and isinstance(waiting[0], _Request) and waiting[0].joins(job):
                     together.append(waiting.popleft())  # type: ignore[arg-type]
                 self._generate(together)
         except KeyboardInterrupt:

@@ -96,23 +96,20 @@ class VLLMEngine:
         check_prompts(prompt_ids)
         if not prompt_ids:
             return Completions([], [] if sampling.logps else None, [])
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(ids)} for ids in prompt_ids],
-            [self._params(row, num_generations, sampling) for row in range(len(prompt_ids))],
-            use_tqdm=False,
-        )
-        rows = [row for output in outputs for row in output.outputs]
+        # A request for each completion (greedy ones may not ask for more); their prompt is computed once all the same.
+        prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids for _ in range(num_generations)]
+        params = [self._params(row, sampling) for row in range(len(prompts))]
+        rows = [output.outputs[0] for output in self.llm.generate(prompts, params, use_tqdm=False)]
         logps = None
         if sampling.logps:
             logps = [[step[i].logprob for i, step in zip(r.token_ids, r.logprobs, strict=True)] for r in rows]
         return Completions([list(row.token_ids) for row in rows], logps, [row.finish_reason for row in rows])
 
-    def _params(self, row: int, num_generations: int, sampling: SamplingParams) -> Any:
+    def _params(self, row: int, sampling: SamplingParams) -> Any:
         from vllm.sampling_params import SamplingParams as VLLMSamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
         settings: dict[str, Any] = {
-            "n": num_generations,
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -122,7 +119,7 @@ class VLLMEngine:
             "stop": list(sampling.stop),
             "stop_token_ids": self.eos_token_ids,
             "ignore_eos": True,  # nothing but stop_token_ids
-            "seed": None if sampling.seed is None else sampling.seed + row * num_generations,
+            "seed": None if sampling.seed is None else sampling.seed + row,
             "logprobs": 0 if sampling.logps else None,  # 0: of the sampled token alone
             **sampling.engine_kwargs,
         }

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_runs import tiny_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fastrl.rollout.policy_weights import lm_head_is_tied, policy_weights
@@ -91,6 +95,31 @@ def test_a_loaded_checkpoint_keeps_its_names(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert dict(policy_weights(model)).keys() == load_file(tmp_path / "model.safetensors").keys()
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_shards_are_gathered(one_process: None) -> None:
+    expected = {name: tensor.clone() for name, tensor in policy_weights(tiny_model())}
+    model: Any = tiny_model()
+    mesh = init_device_mesh("cpu", (1,))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    assert type(model.lm_head.weight) is not torch.nn.Parameter and hasattr(model.lm_head.weight, "full_tensor")
+    weights = dict(policy_weights(model))
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert type(weights[name]) is torch.Tensor and torch.equal(weights[name], tensor)
+
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    fully_shard(adapted, mesh=mesh)
+    with pytest.raises(ValueError, match=r"adapter of the sharded layer .*q_proj"):
+        dict(policy_weights(adapted))
 
 
 def test_a_sharded_weight_that_is_not_there_is_refused() -> None:

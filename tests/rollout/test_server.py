@@ -34,6 +34,7 @@ from fastrl.rollout import (
 )
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, logps=True)
+SEEDED = SamplingParams(max_tokens=8, seed=3)
 
 
 class NamedWeightsEngine(TransformersEngine):
@@ -119,7 +120,7 @@ def test_requests_that_wait_together_and_sample_alike_run_as_one_batch() -> None
         while not engine.calls:
             time.sleep(0.001)
         other = SamplingParams(max_tokens=3, temperature=0)
-        for i, sampling in ((1, GREEDY), (2, GREEDY), (3, GREEDY), (4, other)):
+        for i, sampling in ((1, GREEDY), (2, GREEDY), (3, GREEDY), (4, other), (5, SEEDED), (6, SEEDED)):
             threads.append(threading.Thread(target=ask, args=(i, sampling)))
             threads[-1].start()
             while server._jobs.qsize() < i:
@@ -127,9 +128,9 @@ def test_requests_that_wait_together_and_sample_alike_run_as_one_batch() -> None
         engine.gate.set()
         for thread in threads:
             thread.join(20)
-    assert engine.calls == [2, 6, 2]
+    assert engine.calls == [2, 6, 2, 2, 2]
     for i, completions in answers.items():
-        alone = engine.generate([[6 + i], [6, 6 + i]], 2, GREEDY if i < 4 else other)
+        alone = engine.generate([[6 + i], [6, 6 + i]], 2, GREEDY if i < 4 else other if i < 5 else SEEDED)
         assert completions.ids == alone.ids and completions.finish_reasons == alone.finish_reasons
         if alone.logps is not None:
             torch.testing.assert_close(
