@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sft_runs
 import torch
 import two_processes
 
@@ -48,6 +49,15 @@ def test_ddp_equals_one_process(tmp_path: Path, found: dict[str, Any], kind: str
 def test_ddp_resumes_bitwise(found: dict[str, Any]) -> None:
     for name, weight in found["dapo"]["weights"].items():
         assert torch.equal(found["resumed"]["weights"][name], weight), name
+
+
+def test_offline_losses_are_normalized_over_processes(tmp_path: Path, found: dict[str, Any]) -> None:
+    """Texts of uneven lengths: the tokens of both processes are what the loss of each is divided by."""
+    one = sft_runs.history(sft_runs.train(tmp_path, max_steps=6, per_device_train_batch_size=4))
+    assert len(one) == len(found["sft"]["logs"]) == 6
+    for want, got in zip(one, found["sft"]["logs"], strict=True):
+        assert want.keys() == got.keys()
+        assert got == pytest.approx(want, rel=1e-4)
 
 
 def test_fsdp2_scores_with_a_sharded_head(found: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import sft_runs
 import torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -113,6 +114,8 @@ if __name__ == "__main__":
     dist.barrier()
     found["resumed"] = train("dapo", run / "dapo", batch=4, resume=True)
     found["shard"] = shard()  # type: ignore[assignment]
+    sft = sft_runs.train(run / "sft", max_steps=6, per_device_train_batch_size=2)
+    found["sft"] = {"logs": sft_runs.history(sft)}
     if dist.get_rank() == 0:
         torch.save(found, run / "found.pt")
     dist.destroy_process_group()
