@@ -13,6 +13,7 @@ import fastrl_kernels
 from fastrl_kernels import validation
 
 from .groups import Groups, running_sum
+from .masking import known_finite
 from .reward_shaping import rewards_tensor
 from .token_advantages import gae
 
@@ -78,7 +79,7 @@ def group_advantages(
     advantages = fastrl_kernels.group_advantages(
         rewards, group_ids, baseline=baseline, scale=scale, eps=eps, backend=backend
     )
-    if lone == "zero":
+    if lone == "zero" or (lone == "score" and known_finite(rewards) and not _has_lone(group_ids)):
         return advantages
     return _keep_lone(advantages, rewards, Groups(group_ids), lone, scale, eps)
 
@@ -299,6 +300,11 @@ def _divisor(r: Tensor, scored: Tensor, groups: Groups, scale: str, eps: float) 
         return torch.ones_like(r)
     over = groups if scale == "group" else Groups(torch.zeros_like(r, dtype=torch.int64))
     return over.deviation(r, scored) + eps
+
+
+def _has_lone(group_ids: Tensor) -> bool:
+    _, sizes = group_ids.sort().values.unique_consecutive(return_counts=True)
+    return bool((sizes == 1).any())
 
 
 def _keep_lone(advantages: Tensor, rewards: Tensor, groups: Groups, lone: str, scale: str, eps: float) -> Tensor:

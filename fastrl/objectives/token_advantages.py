@@ -13,7 +13,7 @@ from fastrl_kernels import validation
 from fastrl_kernels.head import accumulation_dtype
 
 from .groups import Groups
-from .masking import inside
+from .masking import inside, known_finite
 from .sequences import sequences_of
 
 WHITENINGS = {"trl": 1e-4, "verl": 1e-8, "openrlhf": 1e-8}  # and their eps
@@ -150,7 +150,7 @@ def remax_advantages(
     sequences = sequences_of(mask, cu_seqlens, "mask")
     validation.check_shape("baseline_rewards", baseline_rewards, (sequences.count,), "one per sequence")
     advantages = returns - sequences.spread(baseline_rewards.to(returns.dtype))
-    if not bool(advantages.sum().isfinite()):
+    if not known_finite(advantages):
         mask = mask & advantages.isfinite()
     return inside(advantages, mask), returns
 
