@@ -83,7 +83,7 @@ def reward_model_loss(
         _check_like(name, x, chosen_scores, "one per pair, as chosen_scores")
         validation.check_floating(name, x)
     dtype = accumulation_dtype(torch.promote_types(chosen_scores.dtype, rejected_scores.dtype))
-    chosen, rejected = (torch.where(pairs, x.to(dtype), 0.0) for x in given.values())
+    chosen, rejected = (x.to(dtype) if mask is None else torch.where(pairs, x.to(dtype), 0.0) for x in given.values())
     gap = chosen - rejected
     terms = -F.logsigmoid(gap if margin is None else gap - torch.where(pairs, margin.to(dtype), 0.0))
     if center_rewards_coefficient is not None:
@@ -504,7 +504,7 @@ def _present(mask: Tensor | None, like: Tensor, meaning: str) -> Tensor:
     if mask is None:
         return torch.ones(like.shape, dtype=torch.bool, device=like.device)
     _check_like("mask", mask, like, meaning)
-    return mask if mask.dtype == torch.bool else mask != 0
+    return mask.bool()
 
 
 def _mean(terms: Tensor, inside: Tensor, normalizer: Tensor | float | None) -> Tensor:

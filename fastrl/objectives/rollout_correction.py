@@ -18,6 +18,7 @@ from fastrl_kernels import validation
 from fastrl_kernels.head import accumulation_dtype
 
 from .kl import kl_estimate
+from .masking import inside
 from .sequences import Sequences, sequences_of
 
 LEVELS = ("token", "sequence", "geometric")
@@ -300,10 +301,10 @@ def rollout_correction(
     if group is not None and not correction.batch_normalize:
         raise ValueError("group: only batch_normalize takes a mean over the ranks")
     dtype = accumulation_dtype(torch.promote_types(old_logps.dtype, sampling_logps.dtype))
-    old, sampling = (torch.where(checked, x.detach().to(dtype), 0.0) for x in (old_logps, sampling_logps))
+    old, sampling = (inside(x.detach().to(dtype), checked) for x in (old_logps, sampling_logps))
     known = checked & ~(old - sampling).isnan()
     tokens = _Tokens(checked, sequences, correction.eps)
-    both = _Mismatch(torch.where(known, old, 0.0), torch.where(known, sampling, 0.0), correction.log_ratio_bound)
+    both = _Mismatch(inside(old, known), inside(sampling, known), correction.log_ratio_bound)
 
     metrics = _mismatch_metrics(both, _Tokens(known, sequences, correction.eps))
     weights = None
@@ -337,11 +338,11 @@ class _Tokens:
         return self.counts > 0
 
     def mean(self, x: Tensor) -> Tensor:
-        x = x if x.is_floating_point() else x.to(torch.float64)
-        return torch.where(self.mask, x, 0.0).sum() / (self.counts.sum().clamp(min=1) + self.eps).to(x.dtype)
+        total = inside(x, self.mask).sum() if x.is_floating_point() else (x & self.mask).sum().to(torch.float64)
+        return total / (self.counts.sum().clamp(min=1) + self.eps).to(total.dtype)
 
     def means(self, x: Tensor) -> Tensor:
-        totals = self.sequences.sum(torch.where(self.mask, x, 0.0))
+        totals = self.sequences.sum_inside(x, self.mask)
         return totals / (self.counts.clamp(min=1) + self.eps).to(x.dtype)
 
     def std(self, x: Tensor) -> Tensor:
@@ -393,7 +394,7 @@ def _weights(
     metrics = _weight_metrics(correction, both, log_ratio, ratio, weights, tokens)
 
     def on_tokens(x: Tensor) -> Tensor:
-        return torch.where(tokens.mask, x if per_token else tokens.sequences.spread(x), 0.0)
+        return inside(x if per_token else tokens.sequences.spread(x), tokens.mask)
 
     weights = on_tokens(weights)
     if correction.batch_normalize:
@@ -530,7 +531,7 @@ def _mismatch_metrics(both: _Mismatch, known: _Tokens) -> dict[str, Tensor]:
     trainer, engine = known.means(both.old), known.means(both.sampling)
     gap = engine - trainer
     gap_most, gap_least = _extremes(gap)
-    total = both.bounded(known.sequences.sum(torch.where(known.mask, d, 0.0)))
+    total = both.bounded(known.sequences.sum_inside(d, known.mask))
     metrics = {
         "training_ppl": _mean((-trainer).exp()),
         "training_log_ppl": _mean(-trainer),
