@@ -1,23 +1,27 @@
 """Group Relative Policy Optimization: what it adds to `OnlineTrainer` are advantages within groups and its loss."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from fastrl.objectives import AdaptiveEntropy, PolicyObjective, combine_rewards, compute_advantages
+from fastrl.objectives import AdaptiveEntropy, PolicyObjective, combine_rewards, compute_advantages, rollout_correction
+from fastrl.rewards import with_reward_models
 from fastrl.rollout import RolloutEngine
+from fastrl.trainers import model_setup
 from fastrl.trainers.grpo_config import GRPOConfig
 from fastrl.trainers.metrics import reward_metrics
 from fastrl.trainers.micro_batches import MicroBatch, live_fractions, live_sequences, ranks_tokens
 from fastrl.trainers.online import OnlineTrainer
 from fastrl.trainers.packing import Pass
+from fastrl.trainers.reference_sync import ReferenceSync
 from fastrl.trainers.reward_runner import RewardFunction, RewardRunner
 from fastrl.trainers.rollout_collector import Samples
 from fastrl.trainers.rollouts import Rollouts
-from fastrl.trainers.scoring import policy_loss, policy_metrics, reference_head
+from fastrl.trainers.scoring import ReferenceHead, policy_loss, policy_metrics, reference_head
 
 
 class GRPOTrainer(OnlineTrainer):
@@ -73,24 +77,50 @@ class GRPOTrainer(OnlineTrainer):
     def __init__(
         self,
         model: str | nn.Module,
-        reward_funcs: RewardFunction | list[RewardFunction],
+        reward_funcs: RewardFunction | str | PreTrainedModel | list[RewardFunction | str | PreTrainedModel],
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
         *,
         rollout_engine: RolloutEngine | None = None,
     ) -> None:
         args = GRPOConfig() if args is None else args
         if not isinstance(args, GRPOConfig):
             raise TypeError(f"args: expected a fastrl.GRPOConfig, got {type(args).__name__}")
+        for name, (given, reason) in {
+            "quantization_config": (quantization_config, "put it into args.model_init_kwargs"),
+            "tools": (tools, "completions are sampled in one go, without calls in between"),
+            "rollout_func": (rollout_func, "pass a rollout_engine, which is given token ids"),
+            "environment_factory": (environment_factory, "as tools"),
+        }.items():
+            if given is not None:
+                raise ValueError(f"{name}: not supported, expected None: {reason}")
         self.objective: PolicyObjective = args.objective()
+        self.correction = args.correction()
         super().__init__(
             model,
-            RewardRunner(reward_funcs, args.reward_weights),
+            RewardRunner(
+                with_reward_models(
+                    reward_funcs,
+                    reward_processing_classes,
+                    device=args.device,
+                    chat_template_kwargs=args.chat_template_kwargs,
+                    trust_remote_code=args.trust_remote_code,
+                ),
+                args.reward_weights,
+                timeout=args.reward_timeout,
+                workers=args.reward_workers,
+                max_failed_batches=args.max_failed_reward_batches,
+            ),
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -104,10 +134,25 @@ class GRPOTrainer(OnlineTrainer):
         self.entropy = AdaptiveEntropy(args.entropy_coef, *bounds)
         if self.objective.exact_kl and self.is_fsdp_enabled:
             raise ValueError("kl_estimator: 'full' reads the reference's head, which FSDP shards; expected an estimate")
+        # Where the whole rollout is in one optimizer step, that step's first passes score the tokens as they were
+        # sampled, unless dropout is on.
+        whole = args.gradient_accumulation_steps % args.steps_per_generation == 0
+        self._keeps_first_logps = whole and args.num_iterations > 1 and not model_setup.has_dropout(self.model)
+        self.reference_sync: ReferenceSync | None = None
+        if args.sync_ref_model:
+            if self.reference is None or self.is_fsdp_enabled:
+                raise ValueError("sync_ref_model: expected False with PEFT or FSDP, got True")
+            self.reference_sync = ReferenceSync(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps)
+            self.add_callback(self.reference_sync)
 
     @property
     def needs_reference(self) -> bool:  # type: ignore[override]
         return self.args.beta != 0
+
+    @property
+    def wants_sampling_logps(self) -> bool:  # type: ignore[override]
+        used = self.correction is not None or self.args.off_policy_mask_threshold is not None
+        return self.args.old_logps_from_engine or (used and not self.engine_is_policy)
 
     @property
     def one_pass(self) -> bool:  # type: ignore[override]
@@ -123,11 +168,29 @@ class GRPOTrainer(OnlineTrainer):
         """Rewards, advantages within each prompt's group, and the log-probabilities that stay constant."""
         advantages = self._advantages(samples)
         rollouts = Rollouts(**samples.batch.tensors(), advantages=advantages, sampling_logps=samples.sampling_logps)
-        if score_old:
-            rollouts = dataclasses.replace(rollouts, old_logps=self.policy_logps(rollouts))
+        rollouts = self._with_old_logps(rollouts, score_old, samples.mode)
         if self.objective.sampled_kl:
             rollouts = dataclasses.replace(rollouts, ref_logps=self.reference_logps(rollouts))
         return rollouts
+
+    def _with_old_logps(self, rollouts: Rollouts, score_old: bool, mode: str) -> Rollouts:
+        sampling = rollouts.sampling_logps
+        if self.args.old_logps_from_engine and (score_old or not self.engine_is_policy):
+            if sampling is None:
+                raise ValueError("old_logps_from_engine: the rollout engine gives no log-probabilities")
+            if bool(sampling.isnan().any()):  # what it could not tell
+                sampling = sampling.where(~sampling.isnan(), self.policy_logps(rollouts))
+            return dataclasses.replace(rollouts, old_logps=sampling)
+        correction = None if sampling is None or self.engine_is_policy else self.correction
+        if correction is None and (self._keeps_first_logps or not score_old):
+            return rollouts
+        old_logps = self.policy_logps(rollouts)
+        rollouts = dataclasses.replace(rollouts, old_logps=old_logps)
+        if correction is None or sampling is None:
+            return rollouts
+        corrected = rollout_correction(old_logps, sampling, correction, mask=rollouts.mask)
+        self.add_means(mode, corrected.metrics)
+        return dataclasses.replace(rollouts, importance_ratio=corrected.weights)
 
     def _advantages(self, samples: Samples) -> Tensor:
         args, runner = self.args, self.collector.rewards
@@ -151,7 +214,9 @@ class GRPOTrainer(OnlineTrainer):
         deviation_over = "batch" if over_batch else "group"
         metrics = reward_metrics(per_func, runner.names, rewards, samples.group, deviation_over)
         self.metrics.add(samples.mode, metrics)
-        return self.collector.own_rows(advantages)
+        advantages = self.collector.own_rows(advantages)
+        self.log_samples(samples, self.collector.own_rows(per_func), advantages)
+        return advantages
 
     # The loss --------------------------------------------------------------------------------------------------------
 
@@ -161,6 +226,7 @@ class GRPOTrainer(OnlineTrainer):
 
     def start_window(self, parts: list[Rollouts]) -> None:
         self._window_entropy = torch.zeros(2)  # sum over tokens, tokens
+        self._first_logps: dict[int, Tensor] = {}  # of the parts of the rollout, by id
         if self.args.use_adaptive_entropy:
             self.objective = dataclasses.replace(self.objective, entropy_coef=self.entropy.apply_coef())
         self.metrics.add("train", live_fractions(parts, self.objective, self.total))
@@ -177,13 +243,13 @@ class GRPOTrainer(OnlineTrainer):
         if not self.evaluating and objective.top_entropy_quantile < 1 and objective.entropy_coef != 0:
             # The bonus is then a mean over the micro-batch's own tokens.
             objective = dataclasses.replace(objective, entropy_coef=objective.entropy_coef / batch.count)
-        reference = None
+        reference: ReferenceHead | None = None
         if objective.exact_kl:
             with self.reference_model() as model_before:
                 reference = reference_head(model_before, part)
         self._objective_in_use = objective  # the op knows it by a weak reference, also in the backward
         out = policy_loss(
-            model,
+            partial(self.run, model),
             part,
             batch,
             objective,
@@ -193,6 +259,9 @@ class GRPOTrainer(OnlineTrainer):
             backend=self.args.loss_backend,
             grad_tolerance=self.args.grad_tolerance,
         )
+        if self._keeps_first_logps and not self.evaluating:
+            logps = self._first_logps.setdefault(id(batch.part), torch.zeros_like(batch.part.mask, dtype=torch.float32))
+            logps[batch.rows[part.sequences], : out.logps.shape[1]] = out.logps.float()
         return out.loss, out.metrics
 
     def merge_metrics(
@@ -209,16 +278,23 @@ class GRPOTrainer(OnlineTrainer):
     def finish_window(self) -> None:
         if self.args.use_adaptive_entropy:
             self.entropy.update(*self.total(self._window_entropy).tolist())
+        for i, part in enumerate(self._buffer):
+            if part.old_logps is None and id(part) in self._first_logps:
+                self._buffer[i] = dataclasses.replace(part, old_logps=self._first_logps[id(part)])
         if self.args.use_adaptive_entropy or self.args.entropy_coef != 0:
             self.metrics.add("train", {"entropy_coef": self.entropy.coef})
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def resume_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """That of every online method, and the adaptive coefficient."""
+        """That of every online method, the adaptive coefficient, and a reference that moves."""
         state, tensors = super().resume_state()
+        if self.reference_sync is not None:
+            tensors = {**tensors, **self.reference_sync.tensors()}
         return {**state, "entropy": self.entropy.state_dict()}, tensors
 
     def load_resume_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        if self.reference_sync is not None:
+            tensors = self.reference_sync.load(tensors)
         super().load_resume_state(state, tensors)
         self.entropy.load_state_dict(state["entropy"])

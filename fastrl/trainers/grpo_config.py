@@ -7,7 +7,7 @@ when it is set to something else than its default: never accepted and ignored.
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from fastrl.objectives import PolicyObjective
+from fastrl.objectives import PolicyObjective, RolloutCorrection
 from fastrl.trainers.online_config import OnlineConfig
 
 # Estimators of verl's that need no more than a reward per completion, by their names in `fastrl.compute_advantages`.
@@ -21,9 +21,9 @@ class GRPOConfig(OnlineConfig):
     Names, meanings and defaults are those of TRL 1.16's `GRPOConfig`, except:
       - `bf16` unset means True only where the GPU has bf16 (TRL: everywhere, which fails or crawls on a CPU);
       - `pad_to_multiple_of` must be "auto" or None: nothing is padded;
-      - `router_aux_loss_coef` must be None or 0.0: the auxiliary loss of a mixture of experts is not added;
-      - fastrl's own arguments: `kl_estimator`, `advantage_baseline`, `skip_dead_sequences`, `share_prompts`,
-        `tokens_per_pass`, `loss_backend`, `grad_tolerance`.
+      - `vllm_importance_sampling_*` apply to every engine that is not the trained model itself and gives the
+        log-probabilities of its tokens, with or without `use_vllm`;
+      - fastrl's own arguments are those of `OnlineConfig` and of this class under "fastrl's own".
 
     Raises:
         ValueError: an argument out of its range, a combination that cannot work, or an argument of TRL's that this
@@ -34,9 +34,9 @@ class GRPOConfig(OnlineConfig):
     MIN_GENERATIONS: ClassVar[int] = 2
 
     # Reference model
-    sync_ref_model: bool = field(default=False, metadata={"help": "Not supported yet."})
-    ref_model_mixup_alpha: float = field(default=0.6, metadata={"help": "Not supported yet."})
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "Not supported yet."})
+    sync_ref_model: bool = field(default=False, metadata={"help": "Let the reference follow the policy."})
+    ref_model_mixup_alpha: float = field(default=0.6, metadata={"help": "Weight of the policy in a new reference."})
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "Optimizer steps between two of them."})
 
     # Objective (see fastrl.PolicyObjective)
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference; 0: no reference model."})
@@ -62,7 +62,7 @@ class GRPOConfig(OnlineConfig):
     entropy_coef_max: float = field(default=1.0, metadata={"help": "Upper bound of the adaptive coefficient."})
     entropy_coef_delta: float = field(default=0.005, metadata={"help": "Its change per optimizer step."})
     entropy_target: float = field(default=0.2, metadata={"help": "Mean entropy per token to hold, in nats."})
-    max_tool_calling_iterations: int | None = field(default=None, metadata={"help": "Not supported yet."})
+    max_tool_calling_iterations: int | None = field(default=None, metadata={"help": "Only None."})
     off_policy_mask_threshold: float | None = field(
         default=None, metadata={"help": "Leave out sequences of negative advantage that drifted further than this."}
     )
@@ -87,6 +87,9 @@ class GRPOConfig(OnlineConfig):
         default=None,
         metadata={"help": f"One of verl's: {', '.join(ESTIMATORS)}; then without baseline and scale_rewards."},
     )
+    old_logps_from_engine: bool = field(
+        default=False, metadata={"help": "Take the engine's log-probabilities for the old ones: no scoring pass."}
+    )
     skip_dead_sequences: bool = field(
         default=True, metadata={"help": "Skip the model's forward and backward of sequences that carry no gradient."}
     )
@@ -107,6 +110,13 @@ class GRPOConfig(OnlineConfig):
             settings["use_bias_correction_kl"] = None  # where the loss type and the preset have it
         return PolicyObjective(**settings)
 
+    def correction(self) -> RolloutCorrection | None:
+        """The correction for an engine that is not the trained model; None: off."""
+        if not self.vllm_importance_sampling_correction or self.old_logps_from_engine:
+            return None
+        bounds = (self.vllm_importance_sampling_clip_max, self.vllm_importance_sampling_clip_min)
+        return RolloutCorrection.trl(self.vllm_importance_sampling_mode, *bounds)
+
     def _check_values(self) -> None:
         super()._check_values()
         if isinstance(self.scale_rewards, bool):
@@ -125,6 +135,24 @@ class GRPOConfig(OnlineConfig):
             for name in ("scale_rewards", "advantage_baseline", "multi_objective_aggregation"):
                 default = type(self).__dataclass_fields__[name].default
                 require(name, getattr(self, name) == default, f"{default!r} with advantage_estimator, which sets it")
+        if self.old_logps_from_engine and not self.sampling_params().from_policy:
+            raise ValueError(
+                "old_logps_from_engine: expected sampling from the policy itself, but top_p, top_k, min_p, "
+                "repetition_penalty or generation_kwargs change its distribution"
+            )
+        if self.vllm_importance_sampling_cap is not None:
+            self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
+        correction = self.correction()
+        foreign = self.use_vllm or self.async_rollouts
+        if foreign and correction is not None and correction.level == "sequence" and self.loss_type == "vespo":
+            raise ValueError(
+                "vllm_importance_sampling_mode: vespo multiplies ratios of tokens, expected 'token_truncate' or "
+                f"'token_mask', got {self.vllm_importance_sampling_mode!r}"
+            )
+        if self.sync_ref_model:
+            require("sync_ref_model", self.beta != 0, "False without a reference (beta is 0)")
+            require("ref_model_mixup_alpha", 0 <= self.ref_model_mixup_alpha <= 1, "a number in [0, 1]")
+            require("ref_model_sync_steps", self.ref_model_sync_steps >= 1, "at least 1")
         if self.use_adaptive_entropy and self.top_entropy_quantile < 1:
             raise ValueError("use_adaptive_entropy: not supported together with top_entropy_quantile < 1 yet")
         if self.use_adaptive_entropy and self.preset == "verl":

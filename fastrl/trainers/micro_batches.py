@@ -24,6 +24,8 @@ class MicroBatch(Generic[Batch]):
     """
 
     rollouts: Batch
+    part: Batch  # what they are rows of: this micro-batch before dead sequences were left out
+    rows: Tensor  # (B,) of part
     sequences: int  # before dead ones were left out
     tokens: int  # likewise; tokens that count
     step_sequences: float
@@ -33,7 +35,7 @@ class MicroBatch(Generic[Batch]):
 
     def select(self, rows: Tensor) -> "MicroBatch[Batch]":
         """The sequences of an index or a mask; the counts stay."""
-        return dataclasses.replace(self, rollouts=self.rollouts.select(rows))
+        return dataclasses.replace(self, rollouts=self.rollouts.select(rows), rows=self.rows[rows])
 
     def divisor(self, objective: PolicyObjective) -> float | None:
         """What the policy loss is divided by: a count of the optimizer step, as the aggregation wants it.
@@ -68,8 +70,21 @@ def micro_batches(
     tokens_of = [int(part.mask.sum()) for part in parts]
     filled = sum(int(part.mask.any(-1).sum()) for part in parts)
     counts = total(torch.tensor([sum(map(len, parts)), filled, sum(tokens_of)]))
-    step = [float(count) / num_processes for count in counts]
-    return [MicroBatch(part, len(part), own, *step, len(parts)) for part, own in zip(parts, tokens_of, strict=True)]
+    sequences, filled_sequences, tokens = (float(count) / num_processes for count in counts)
+    return [
+        MicroBatch(
+            rollouts=part,
+            part=part,
+            rows=torch.arange(len(part), device=part.prompt_ids.device),
+            sequences=len(part),
+            tokens=own,
+            step_sequences=sequences,
+            step_filled=filled_sequences,
+            step_tokens=tokens,
+            count=len(parts),
+        )
+        for part, own in zip(parts, tokens_of, strict=True)
+    ]
 
 
 def live_sequences(rollouts: Rollouts, objective: PolicyObjective) -> Tensor:

@@ -161,18 +161,28 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return reference.requires_grad_(False)
 
 
-def refuse_router_loss(model: nn.Module) -> None:
-    """A mixture of experts that asks for its router's auxiliary loss would train without it: refuse.
+def cast_head_to_fp32(model: nn.Module) -> None:
+    """The lm_head in fp32, and what goes into it.
 
     Raises:
-        ValueError: the model's configuration sets output_router_logits.
+        ValueError: the head is tied to the embeddings.
     """
-    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    if getattr(config, "output_router_logits", False):
-        raise ValueError(
-            "the model's config sets output_router_logits, but the router's auxiliary loss is not supported yet; "
-            "set model.config.output_router_logits = False to train without it"
-        )
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
+        raise ValueError("cast_lm_head_to_fp32: not with tied embeddings, which would be cast too")
+    head.float()
+    head.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether training mode is random: a dropout module, or a probability that a module hands to its attention."""
+    for module in model.modules():
+        rates = [value for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates.append(module.p)
+        if any(rate > 0 for rate in rates):
+            return True
+    return False
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -4,27 +4,23 @@ What is not the loop itself lives beside this file: prompts, rewards, rollouts, 
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from fastrl.integrations import patch_model
-from fastrl.rollout import RolloutEngine, TransformersEngine
 from fastrl.trainers import model_setup
+from fastrl.trainers.activation_offloading import OffloadedActivations
 from fastrl.trainers.micro_batches import MicroBatch, groups_together, micro_batches
 from fastrl.trainers.online_config import OnlineConfig
-from fastrl.trainers.packing import Packer, Pass
-from fastrl.trainers.prompt_trainer import PromptTrainer
-from fastrl.trainers.prompts import context_length_of
+from fastrl.trainers.packing import Pass
 from fastrl.trainers.reward_runner import RewardRunner
-from fastrl.trainers.rollout_collector import RolloutCollector, Samples
+from fastrl.trainers.rollout_collector import Samples
 from fastrl.trainers.rollouts import Rollouts, from_named_tensors, named_tensors
-from fastrl.trainers.scoring import completion_logps, token_means
+from fastrl.trainers.sampling_trainer import SamplingTrainer
+from fastrl.trainers.scoring import token_means
 from fastrl.trainers.token_batch import TokenBatch
 
 
@@ -35,7 +31,7 @@ class LossPass(NamedTuple):
     batch: MicroBatch[Any]
 
 
-class OnlineTrainer(PromptTrainer):
+class OnlineTrainer(SamplingTrainer):
     """Samples completions of prompts and trains on them, a window of micro-batches for each optimizer step.
 
     A method must define
@@ -52,104 +48,29 @@ class OnlineTrainer(PromptTrainer):
         start_window(parts)                    before the first micro-batch of an optimizer step
         live_sequences(rollouts)               which sequences need the model; the others skip it
         split_matters                          whether the gradient depends on how a step is cut into micro-batches
+        wants_sampling_logps                   whether the engine shall tell the log-probabilities of its tokens
         one_pass                               whether a micro-batch must go through the model in one pass
         merge_metrics(parts, batch)            a micro-batch's metrics from those of its passes
         finish_window()                        after its last backward, before the optimizer
         resume_state, load_resume_state        extended by state of its own
 
-    It uses `collector.reward(samples, state)`, `policy_logps(batch)`, `reference_logps(batch)`, `passes(batch)`,
-    `reference_model()`, `total(counts)` and `evaluating`.
-
-    Args:
-        model: a path, a transformers causal LM, or one under PEFT.
-        rewards: called by `collector.reward`; None: a method without rewards.
-        peft_config: wraps the model in an adapter.
-        rollout_engine: samples the completions; None: `TransformersEngine` on the model itself.
-        The rest: as in `transformers.Trainer`.
-
-    Raises:
-        TypeError, ValueError: an argument that cannot work, named.
+    It uses what `SamplingTrainer` has.
     """
 
     # The loss is normalized over the optimizer step: Trainer must not divide it by the number of micro-batches.
     loss_is_scaled_for_ga = True
     rollouts_type: type[TokenBatch] = Rollouts
-    needs_reference = False
     split_matters = False
     one_pass = False
 
-    def __init__(
-        self,
-        model: str | nn.Module,
-        rewards: RewardRunner | None,
-        args: OnlineConfig,
-        *,
-        train_dataset: Any,
-        eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
-        peft_config: Any = None,
-        rollout_engine: RolloutEngine | None = None,
-    ) -> None:
-        self.args = args
-        self.check_datasets(train_dataset, eval_dataset)
-        set_seed(args.seed)  # an adapter's weights are random
-        policy = model_setup.load_model(model, args.model_init_kwargs, args.trust_remote_code)
-        tokenizer = model_setup.load_tokenizer(processing_class, policy, args.trust_remote_code)
-        pad_token_id, eos_token_ids = model_setup.special_tokens(tokenizer, policy)
-        model_setup.refuse_router_loss(policy)
-        if args.disable_dropout:
-            model_setup.disable_dropout(policy)
-        self.reference: nn.Module | None = None
-        if peft_config is not None:
-            policy = model_setup.add_adapter(policy, peft_config)
-        elif self.needs_reference and not model_setup.is_peft_model(policy):
-            self.reference = model_setup.frozen_copy(policy)
-        policy = self.prepare_policy(policy)
-        super().__init__(
-            model=policy,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        if args.n_gpu > 1:
-            raise ValueError("several GPUs in one process (DataParallel) are not supported: use torchrun or accelerate")
-        if self.is_deepspeed_enabled:
-            raise ValueError("DeepSpeed is not supported yet")
-        self.model_accepts_loss_kwargs = False
-        self.patches = [patch_model(policy)]
-        if self.reference is not None:
-            self.patches.append(patch_model(self.reference))
-            self.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
-        # Under FSDP every process must run the model equally often.
-        self.packer = Packer.for_model(policy, args.share_prompts, args.tokens_per_pass, one_pass=self.is_fsdp_enabled)
-        self.engine = rollout_engine or TransformersEngine(
-            lambda: self.accelerator.unwrap_model(self.model_wrapped),
-            eos_token_ids=eos_token_ids,
-            pad_token_id=pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-        )
-        self.collector = RolloutCollector(
-            args=args,
-            accelerator=self.accelerator,
-            engine=self.engine,
-            tokenizer=tokenizer,
-            rewards=rewards,
-            metrics=self.metrics,
-            pad_token_id=pad_token_id,
-            eos_token_ids=eos_token_ids,
-            context_length=context_length_of(policy.config),
-        )
+    def __init__(self, model: str | nn.Module, rewards: RewardRunner | None, args: OnlineConfig, **kwargs: Any) -> None:
+        super().__init__(model, rewards, args, **kwargs)
+        self.activations = OffloadedActivations(self.model) if args.activation_offloading else nullcontext()
         self._generate_every = args.steps_per_generation * args.num_iterations  # micro-batches until the next rollout
         self._micro_step = 0  # micro-batches taken so far
         self._buffer: list[Any] = []  # the current rollout, in steps_per_generation parts
         self._window: deque[MicroBatch[Any]] = deque()  # what is left of the current optimizer step
         self._passes_run: list[tuple[Pass[Any], dict[str, Tensor]]] = []  # of the micro-batch, with metrics
-        self._eval_prefix: str | None = None
         # Processes that share a prompt must not sample the same completions.
         set_seed(args.seed, device_specific=True)
 
@@ -165,10 +86,6 @@ class OnlineTrainer(PromptTrainer):
     def pass_loss(self, model: nn.Module, part: Pass[Any], batch: MicroBatch[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The share of a micro-batch's loss that one of its passes has, and metrics: detached scalars."""
         raise NotImplementedError
-
-    def prepare_policy(self, policy: Any) -> Any:
-        """The model that is trained, made of the one that was loaded (under its adapter)."""
-        return policy
 
     def start_window(self, parts: list[Any]) -> None:
         """Called with the rollouts of each micro-batch of an optimizer step, before the first."""
@@ -186,38 +103,6 @@ class OnlineTrainer(PromptTrainer):
     def finish_window(self) -> None:
         """Called after the last backward of an optimizer step."""
 
-    # What it can use -------------------------------------------------------------------------------------------------
-
-    @property
-    def evaluating(self) -> bool:
-        return self._eval_prefix is not None
-
-    @contextmanager
-    def reference_model(self) -> Iterator[nn.Module]:
-        """The model as it was before training."""
-        if self.reference is not None:
-            yield self.reference
-            return
-        with self.accelerator.unwrap_model(self.model).disable_adapter():
-            yield self.model
-
-    def policy_logps(self, batch: TokenBatch) -> Tensor:
-        """(B, T) log-probabilities of the completions' tokens, without gradient; see `completion_logps`."""
-        return self._logps(self.model, batch)
-
-    def reference_logps(self, batch: TokenBatch) -> Tensor:
-        """The same under the reference."""
-        with self.reference_model() as reference:
-            return self._logps(reference, batch)
-
-    def _logps(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        settings: dict[str, Any] = {"temperature": self.args.temperature, "backend": self.args.loss_backend}
-        return completion_logps(model, batch, self.packer, **settings)
-
-    def total(self, counts: Tensor) -> Tensor:
-        """Sums over processes."""
-        return self.accelerator.reduce(counts.to(self.args.device), reduction="sum").cpu()
-
     # One optimizer step ----------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -226,7 +111,7 @@ class OnlineTrainer(PromptTrainer):
             self._start_window()
         batch = self._window.popleft()
         self.metrics.count_tokens(batch.rollouts.num_tokens)
-        live = self.live_sequences(batch.rollouts)
+        live = batch.rollouts.mask.any(-1) if self.router_coef else self.live_sequences(batch.rollouts)
         if self.accelerator.num_processes > 1 and not bool(live.any()):
             live[0] = True  # for the collectives of the backward
         if not bool(live.all()):
@@ -243,10 +128,11 @@ class OnlineTrainer(PromptTrainer):
     def _forward_and_backward(self, model: nn.Module, batch: MicroBatch[Any]) -> Tensor:
         *first, last = self._passes(batch)
         loss = torch.zeros((), device=self.args.device)
-        with self.accelerator.no_sync(model):  # each process has its own number of passes
-            for part in first:
-                loss += super().training_step(model, part, None)  # type: ignore[arg-type]
-        return loss + super().training_step(model, last, None)  # type: ignore[arg-type]
+        with self.activations:
+            with self.accelerator.no_sync(model):  # each process has its own number of passes
+                for part in first:
+                    loss += super().training_step(model, part, None)  # type: ignore[arg-type]
+            return loss + super().training_step(model, last, None)  # type: ignore[arg-type]
 
     def _passes(self, batch: MicroBatch[Any]) -> list[LossPass]:
         return [LossPass(layout, batch) for layout in self.packer.passes(batch.rollouts, together=self.one_pass)]
@@ -283,17 +169,19 @@ class OnlineTrainer(PromptTrainer):
         """The loss of a `LossPass`; its metrics are added once the micro-batch is done."""
         if return_outputs:
             raise ValueError(f"return_outputs: {type(self).__name__} has no outputs but the loss")
-        loss, metrics = self.pass_loss(model, *inputs)
-        self._passes_run.append((inputs.layout, metrics))
+        part, batch = inputs
+        loss, metrics = self.pass_loss(model, part, batch)
+        if self.router_coef:
+            share = part.batch.mask.sum() / max(batch.step_tokens, 1.0)
+            loss = loss + self.router_coef * share * self._router_loss
+            metrics = {**metrics, "aux_loss": self._router_loss.detach()}
+        self._passes_run.append((part, metrics))
         return loss
 
     def _add_pass_metrics(self, batch: MicroBatch[Any]) -> None:
         metrics = self.merge_metrics(self._passes_run, batch)
         self._passes_run = []
-        if metrics:
-            values = torch.stack([value.float() for _, value in sorted(metrics.items())])
-            values = self.accelerator.reduce(values, reduction="mean")
-            self.metrics.add(self._eval_prefix or "train", dict(zip(sorted(metrics), values.tolist(), strict=True)))
+        self.add_means(self._eval_prefix or "train", metrics)
 
     def _finish_window(self, model: nn.Module) -> None:
         if not self._window_ran:
@@ -333,6 +221,8 @@ class OnlineTrainer(PromptTrainer):
         metrics = self.metrics.drain(prefix or "train")
         logs.update({f"{prefix}_{name}" if prefix else name: value for name, value in metrics.items()})  # type: ignore[misc]
         super().log(logs, start_time)
+        if self.completions is not None:
+            self.completions.flush(self.state.global_step, prefix or "train")
 
     def _geometry(self) -> dict[str, Any]:
         sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")

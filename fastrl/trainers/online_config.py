@@ -10,42 +10,19 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from fastrl.rollout import SamplingParams
+from fastrl.rollout import SamplingParams, check_engine_args, engine_kwargs
 
-# Arguments of TRL's that this version refuses to be given another value than this one, their default.
-NOT_SUPPORTED_YET: dict[str, Any] = {
-    "cast_lm_head_to_fp32": False,
-    "ds3_gather_for_generation": True,
-    "use_vllm": False,
-    "vllm_mode": "colocate",
-    "vllm_model_impl": "vllm",
-    "vllm_enable_sleep_mode": False,
-    "vllm_structured_outputs_regex": None,
-    "vllm_server_base_url": None,
-    "vllm_server_host": "0.0.0.0",
-    "vllm_server_port": 8000,
-    "vllm_server_timeout": 240.0,
-    "vllm_group_port": 51216,
-    "vllm_gpu_memory_utilization": 0.3,
-    "vllm_max_model_length": None,
-    "vllm_tensor_parallel_size": 1,
-    "vllm_importance_sampling_correction": True,
-    "vllm_importance_sampling_mode": "sequence_mask",
-    "vllm_importance_sampling_clip_max": 3.0,
-    "vllm_importance_sampling_clip_min": None,
-    "vllm_importance_sampling_cap": None,
-    "sync_ref_model": False,
-    "ref_model_mixup_alpha": 0.6,
-    "ref_model_sync_steps": 512,
-    "max_tool_calling_iterations": None,
-    "log_completions": False,
-    "log_multimodal": True,
-    "num_completions_to_print": None,
-    "log_unique_prompts": False,
-    "log_completions_hub_repo": None,
-    "use_transformers_continuous_batching": False,
-    "transformers_continuous_batching_config": None,
-    "use_transformers_paged": False,
+# Arguments of TRL's whose every other value than this, the default, is refused, and why.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "ds3_gather_for_generation": (True, "it is about DeepSpeed, which is not supported"),
+    "max_tool_calling_iterations": (None, "tools are not supported"),
+    "log_completions_hub_repo": (None, "completions are kept in output_dir and sent to report_to's loggers alone"),
+    "pad_to_multiple_of": ("auto", "nothing is padded"),
+    "use_liger_kernel": (False, "it replaces the forward that fastrl patches"),
+    "auto_find_batch_size": (
+        False,
+        "a smaller batch would break up the groups of num_generations completions; lower per_device_train_batch_size",
+    ),
 }
 
 
@@ -86,15 +63,19 @@ class OnlineConfig(TrainingArguments):
         default=None, metadata={"help": "Arguments of from_pretrained, when the model is given by path."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code that ships with a model."})
-    router_aux_loss_coef: float | None = field(default=None, metadata={"help": "Only None or 0.0."})
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Weight of a mixture of experts' auxiliary loss."}
+    )
     disable_dropout: bool = field(default=False, metadata={"help": "Set every dropout of the model to 0."})
-    cast_lm_head_to_fp32: bool = field(default=False, metadata={"help": "Not supported yet."})
+    cast_lm_head_to_fp32: bool = field(
+        default=False, metadata={"help": "Keep the lm_head in fp32; not with tied embeddings."}
+    )
 
     # Data
     num_generations: int = field(default=8, metadata={"help": "Completions per prompt, G."})
     num_generations_eval: int | None = field(default=None, metadata={"help": "G in evaluation; None: as in training."})
     max_completion_length: int = field(default=512, metadata={"help": "Tokens per completion, at most."})
-    ds3_gather_for_generation: bool = field(default=True, metadata={"help": "Not supported yet."})
+    ds3_gather_for_generation: bool = field(default=True, metadata={"help": "Only True."})
     shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts of each epoch."})
     pad_to_multiple_of: int | str | None = field(default="auto", metadata={"help": "Only 'auto' or None."})
 
@@ -120,25 +101,43 @@ class OnlineConfig(TrainingArguments):
     repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1 discourages repetition."})
     cache_implementation: str | None = field(default=None, metadata={"help": "The KV cache of model.generate."})
 
-    # vLLM (not supported yet)
-    use_vllm: bool = field(default=False, metadata={"help": "Not supported yet."})
-    vllm_mode: str = field(default="colocate", metadata={"help": "Not supported yet."})
-    vllm_model_impl: str = field(default="vllm", metadata={"help": "Not supported yet."})
-    vllm_enable_sleep_mode: bool = field(default=False, metadata={"help": "Not supported yet."})
-    vllm_structured_outputs_regex: str | None = field(default=None, metadata={"help": "Not supported yet."})
-    vllm_server_base_url: str | None = field(default=None, metadata={"help": "Not supported yet."})
-    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "Not supported yet."})
-    vllm_server_port: int = field(default=8000, metadata={"help": "Not supported yet."})
-    vllm_server_timeout: float = field(default=240.0, metadata={"help": "Not supported yet."})
-    vllm_group_port: int = field(default=51216, metadata={"help": "Not supported yet."})
-    vllm_gpu_memory_utilization: float = field(default=0.3, metadata={"help": "Not supported yet."})
-    vllm_max_model_length: int | None = field(default=None, metadata={"help": "Not supported yet."})
-    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "Not supported yet."})
-    vllm_importance_sampling_correction: bool = field(default=True, metadata={"help": "Not supported yet."})
-    vllm_importance_sampling_mode: str = field(default="sequence_mask", metadata={"help": "Not supported yet."})
-    vllm_importance_sampling_clip_max: float | None = field(default=3.0, metadata={"help": "Not supported yet."})
-    vllm_importance_sampling_clip_min: float | None = field(default=None, metadata={"help": "Not supported yet."})
-    vllm_importance_sampling_cap: float | None = field(default=None, metadata={"help": "Not supported yet."})
+    # vLLM
+    use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM."})
+    vllm_mode: str = field(
+        default="colocate", metadata={"help": "'colocate': in this process; 'server': `fastrl vllm-serve` elsewhere."}
+    )
+    vllm_model_impl: str = field(default="vllm", metadata={"help": "'vllm' or 'transformers'."})
+    vllm_enable_sleep_mode: bool = field(default=False, metadata={"help": "Only False."})
+    vllm_structured_outputs_regex: str | None = field(
+        default=None, metadata={"help": "What every completion must match."}
+    )
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "URL of the server; has precedence over host and port."}
+    )
+    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "Of the server."})
+    vllm_server_port: int = field(default=8000, metadata={"help": "Of the server."})
+    vllm_server_timeout: float = field(default=240.0, metadata={"help": "Seconds to wait for the server."})
+    vllm_group_port: int = field(default=51216, metadata={"help": "Only the default: weights go over HTTP."})
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the GPU's memory for vLLM in this process."}
+    )
+    vllm_max_model_length: int | None = field(default=None, metadata={"help": "Context of vLLM in this process."})
+    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "Only 1."})
+    vllm_importance_sampling_correction: bool = field(
+        default=True, metadata={"help": "Correct for the mismatch with an engine other than the trained model."}
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="sequence_mask", metadata={"help": "'token_' or 'sequence_' with 'truncate' or 'mask'."}
+    )
+    vllm_importance_sampling_clip_max: float | None = field(
+        default=3.0, metadata={"help": "Upper bound of the importance ratio; None: none."}
+    )
+    vllm_importance_sampling_clip_min: float | None = field(
+        default=None, metadata={"help": "Lower bound of the importance ratio; None: none."}
+    )
+    vllm_importance_sampling_cap: float | None = field(
+        default=None, metadata={"help": "Old name of vllm_importance_sampling_clip_max."}
+    )
 
     # Training on rollouts
     num_iterations: int = field(default=1, metadata={"help": "Optimizer epochs over each rollout."})
@@ -147,19 +146,35 @@ class OnlineConfig(TrainingArguments):
         default=False, metadata={"help": "Leave completions without an end-of-sequence token out of the loss."}
     )
 
-    # Logging
-    log_completions: bool = field(default=False, metadata={"help": "Not supported yet."})
-    log_multimodal: bool = field(default=True, metadata={"help": "Not supported yet."})
-    num_completions_to_print: int | None = field(default=None, metadata={"help": "Not supported yet."})
-    log_unique_prompts: bool = field(default=False, metadata={"help": "Not supported yet."})
-    log_completions_hub_repo: str | None = field(default=None, metadata={"help": "Not supported yet."})
-    use_transformers_continuous_batching: bool = field(default=False, metadata={"help": "Not supported yet."})
-    transformers_continuous_batching_config: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Not supported yet."}
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds that a call of a reward function may take; None: no limit."}
     )
-    use_transformers_paged: bool = field(default=False, metadata={"help": "Not supported yet."})
+    reward_workers: int = field(default=8, metadata={"help": "Calls of reward functions at a time, with a limit."})
+    max_failed_reward_batches: int = field(
+        default=3, metadata={"help": "A reward function that fails for so many whole batches in a row ends the run."}
+    )
+
+    # Logging
+    log_completions: bool = field(default=False, metadata={"help": "Show and keep samples of the completions."})
+    log_multimodal: bool = field(default=True, metadata={"help": "Without effect: there are no images."})
+    num_completions_to_print: int | None = field(default=None, metadata={"help": "How many to show; None: all."})
+    log_unique_prompts: bool = field(default=False, metadata={"help": "Send loggers one completion per prompt."})
+    log_completions_hub_repo: str | None = field(default=None, metadata={"help": "Only None."})
+    use_transformers_continuous_batching: bool = field(
+        default=False, metadata={"help": "Let completions leave the batch when they end."}
+    )
+    transformers_continuous_batching_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Entries of transformers.ContinuousBatchingConfig."}
+    )
+    use_transformers_paged: bool = field(
+        default=False, metadata={"help": "Old name of use_transformers_continuous_batching."}
+    )
 
     # fastrl's own
+    async_rollouts: bool = field(
+        default=False, metadata={"help": "Sample the next rollouts while this one is trained on; see AsyncRollouts."}
+    )
+    max_staleness: int = field(default=1, metadata={"help": "Rollouts sampled ahead, with async_rollouts."})
     share_prompts: bool | None = field(
         default=None,
         metadata={"help": "Encode a group's prompt once. None: where the model makes that exact; True: or fail."},
@@ -167,6 +182,9 @@ class OnlineConfig(TrainingArguments):
     tokens_per_pass: int | None = field(
         default=None,
         metadata={"help": "Most tokens of one forward and backward; None: chosen by device. Not with FSDP."},
+    )
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "Keep what the backward needs in the CPU's memory."}
     )
     loss_backend: str | None = field(
         default=None, metadata={"help": "'reference', 'cpu', 'triton', 'cuda'; None: chosen."}
@@ -185,11 +203,8 @@ class OnlineConfig(TrainingArguments):
         self._check_values()
         self._set_generation_batch()
 
-    def sampling_params(self) -> SamplingParams:
-        """What the rollout engine is asked for."""
-        engine_kwargs = dict(self.generation_kwargs or {})
-        if self.cache_implementation is not None:
-            engine_kwargs.setdefault("cache_implementation", self.cache_implementation)
+    def sampling_params(self, logps: bool = False) -> SamplingParams:
+        """What the rollout engine is asked for; logps: of the sampled tokens, too."""
         return SamplingParams(
             max_tokens=self.max_completion_length,
             temperature=self.temperature,
@@ -197,28 +212,18 @@ class OnlineConfig(TrainingArguments):
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
-            engine_kwargs=engine_kwargs,
+            logps=logps,
+            engine_kwargs=engine_kwargs(self),
         )
 
     def _refuse_unsupported(self) -> None:
-        given = [name for name, default in NOT_SUPPORTED_YET.items() if getattr(self, name, default) != default]
-        if given:
-            shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
-            raise ValueError(f"{type(self).__name__}: not supported by fastrl yet: {shown}. Leave it at its default")
-        if self.router_aux_loss_coef not in (None, 0.0):
-            raise ValueError(
-                f"router_aux_loss_coef: expected None or 0.0, got {self.router_aux_loss_coef} "
-                "(the auxiliary loss of a mixture of experts is not supported yet)"
-            )
-        if self.pad_to_multiple_of not in (None, "auto"):
-            raise ValueError(f"pad_to_multiple_of: expected 'auto' or None, got {self.pad_to_multiple_of!r}")
-        if self.use_liger_kernel:
-            raise ValueError("use_liger_kernel: not supported, it replaces the forward that fastrl patches")
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size: not supported, a smaller batch would break up the groups of num_generations "
-                "completions; lower per_device_train_batch_size instead"
-            )
+        if self.pad_to_multiple_of is None:
+            self.pad_to_multiple_of = "auto"
+        for name, (default, reason) in REFUSED.items():
+            value = getattr(self, name, default)
+            if value != default:
+                raise ValueError(f"{name}: not supported, expected {default!r}, got {value!r}: {reason}")
+        check_engine_args(self)
         parallelism = self.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError("parallelism_config: context and sequence parallelism are not supported")
@@ -239,6 +244,7 @@ class OnlineConfig(TrainingArguments):
         require("top_p", 0 < self.top_p <= 1, "a number in (0, 1]")
         require("top_k", self.top_k >= 0, "0 (all tokens) or more")
         require("min_p", self.min_p is None or 0 <= self.min_p <= 1, "None or a number in [0, 1]")
+        require("max_staleness", self.max_staleness >= 1, "at least 1 rollout")
         require("repetition_penalty", self.repetition_penalty > 0, "a number above 0")
 
     def _set_generation_batch(self) -> None:

@@ -1,7 +1,7 @@
 """From prompts to completions and their rewards: what every online method begins with."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Samples:
     sampling_logps: Tensor | None  # (B, T) of the engine; None: it does not tell
     group: int  # completions of one prompt
     mode: str  # "train", or an evaluation's prefix
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # what reward functions add to the table of completions
 
 
 @dataclass
@@ -46,6 +47,7 @@ class RolloutCollector:
     pad_token_id: int
     eos_token_ids: Sequence[int]
     context_length: int | None
+    wants_logps: bool  # of the engine
 
     def collect(self, examples: Sequence[Example], name: str, mode: str, state: TrainerState) -> Samples:
         """A completion for each of this process's examples: a prompt comes once per completion, groups side by side.
@@ -64,7 +66,7 @@ class RolloutCollector:
             group = self.args.num_generations_eval
         template = self.args.chat_template_kwargs or {}
         prompt_ids, conversational = tokenize_prompts(examples, self.tokenizer, name, template, self.context_length)
-        sampled = self._sample(prompt_ids)
+        sampled = self._sample(prompt_ids, group)
         self._count(prompt_ids, sampled.ids, mode, state)
 
         device = self.accelerator.device
@@ -99,7 +101,8 @@ class RolloutCollector:
             self.metrics.add(samples.mode, {name: value})
 
         prompts = [row["prompt"] for row in rows]
-        own = self.rewards(prompts, samples.completions, samples.completion_ids, columns, state, log_metric)
+        lists = (prompts, samples.completions, samples.completion_ids, columns)
+        own = self.rewards(*lists, state, log_metric, samples.columns.__setitem__)
         silent = own.isnan().all(-1).nonzero()
         if len(silent):
             position = samples.examples[int(silent[0])].position
@@ -123,8 +126,8 @@ class RolloutCollector:
         ends = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids]
         return ~torch.tensor(ends, device=self.accelerator.device)
 
-    def _sample(self, prompt_ids: list[list[int]]) -> Completions:
-        sampling = self.args.sampling_params()
+    def _sample(self, prompt_ids: list[list[int]], group: int) -> Completions:
+        sampling = self.args.sampling_params(self.wants_logps)
         if self.context_length is not None:
             room = self.context_length - max(map(len, prompt_ids))
             if room < sampling.max_tokens:
@@ -133,7 +136,8 @@ class RolloutCollector:
                     f"({sampling.max_tokens}): the completions of its batch are cut there."
                 )
                 sampling = replace(sampling, max_tokens=room)
-        sampled = self.engine.generate(prompt_ids, 1, sampling)
+        count = group if len(prompt_ids) % group == 0 else 1  # a group may lie on several processes
+        sampled = self.engine.generate(prompt_ids[::count], count, sampling)
         if len(sampled.ids) != len(prompt_ids):
             raise RuntimeError(f"the rollout engine gave {len(sampled.ids)} completions for {len(prompt_ids)} prompts")
         return sampled

@@ -4,7 +4,7 @@ The model must be patched (`fastrl.patch_model`). What goes through it in one fo
 LM head sees only the hidden states that score a completion's token."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -59,6 +59,9 @@ def pass_logps(model: nn.Module, part: Pass[Any], *, temperature: float, backend
     return logps
 
 
+Run = Callable[[Pass[Any], Callable[[Tensor, LMHead], Any]], Any]
+
+
 class ReferenceHead(NamedTuple):
     """What an exact KL compares the policy with."""
 
@@ -78,7 +81,7 @@ def reference_head(reference: nn.Module, part: Pass[Any]) -> ReferenceHead:
 
 
 def policy_loss(
-    model: nn.Module,
+    run: Run,
     part: Pass[Rollouts],
     batch: MicroBatch[Rollouts],
     objective: PolicyObjective,
@@ -90,7 +93,12 @@ def policy_loss(
     grad_tolerance: float = 0.0,
 ) -> LossOutput:
     """The policy loss of a micro-batch's pass, computed inside the model's forward: the sum over its tokens of the
-    eager loss, divided by what the micro-batch says. reference: of the same pass, for an exact KL."""
+    eager loss, divided by what the micro-batch says.
+
+    Args:
+        run: runs the model on a pass: `model(**part.inputs, fastrl_head=function)`.
+        reference: of the same pass, for an exact KL.
+    """
     rollouts = part.batch
     bonus = objective.entropy_coef != 0 and objective.top_entropy_quantile == 1
     if objective.conventions.entropy_as_policy:
@@ -121,7 +129,7 @@ def policy_loss(
             **exact,
         )
 
-    out: LossOutput = model(**part.inputs, fastrl_head=loss)
+    out: LossOutput = run(part, loss)
     return out
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastrl.trainers import GRPOConfig
-from fastrl.trainers.online_config import NOT_SUPPORTED_YET
+from fastrl.trainers.online_config import REFUSED
 
 
 def config(tmp_path: Path, **settings: Any) -> GRPOConfig:
@@ -45,7 +45,22 @@ TRL_DEFAULTS = {
     "use_bias_correction_kl": True,
     "generation_batch_size": 8,
     "steps_per_generation": 1,
-    **NOT_SUPPORTED_YET,
+    **{name: default for name, (default, _) in REFUSED.items()},
+    "use_vllm": False,
+    "vllm_mode": "colocate",
+    "vllm_importance_sampling_correction": True,
+    "vllm_importance_sampling_mode": "sequence_mask",
+    "vllm_importance_sampling_clip_max": 3.0,
+    "vllm_importance_sampling_clip_min": None,
+    "sapo_temperature_neg": 1.05,
+    "vespo_k_pos": 2.0,
+    "vespo_lambda_neg": 2.0,
+    "sync_ref_model": False,
+    "ref_model_mixup_alpha": 0.6,
+    "ref_model_sync_steps": 512,
+    "log_completions": False,
+    "router_aux_loss_coef": None,
+    "cast_lm_head_to_fp32": False,
 }
 
 
@@ -65,11 +80,11 @@ def test_a_copy_is_valid(tmp_path: Path) -> None:
     assert dataclasses.replace(made, loss_type="grpo").steps_per_generation == 2
 
 
-@pytest.mark.parametrize("name", NOT_SUPPORTED_YET)
+@pytest.mark.parametrize("name", REFUSED)
 def test_unsupported_arguments_are_refused_by_name(tmp_path: Path, name: str) -> None:
-    default = NOT_SUPPORTED_YET[name]
-    other = not default if isinstance(default, bool) else 0.123 if isinstance(default, float) else "other"
-    with pytest.raises(ValueError, match=f"not supported by fastrl yet: {name}="):
+    default = REFUSED[name][0]
+    other = not default if isinstance(default, bool) else 7
+    with pytest.raises(ValueError, match=f"^{name}: not supported, expected .*{REFUSED[name][1][:20]}"):
         config(tmp_path, **{name: other})
 
 
@@ -108,10 +123,11 @@ def test_an_unknown_argument_is_a_type_error(tmp_path: Path) -> None:
         ({"kl_estimator": "k4"}, "kl_estimator"),
         ({"top_entropy_quantile": 1.5}, "top_entropy_quantile"),
         ({"epsilon": -0.1}, "epsilon"),
-        ({"router_aux_loss_coef": 0.01}, "router_aux_loss_coef"),
-        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of"),
-        ({"use_liger_kernel": True}, "use_liger_kernel"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"old_logps_from_engine": True, "top_p": 0.9}, "old_logps_from_engine: expected sampling from the policy"),
+        ({"vllm_importance_sampling_mode": "word_mask"}, "mode: expected token_ or sequence_"),
+        ({"loss_type": "vespo", "use_vllm": True}, "vllm_importance_sampling_mode: vespo"),
+        ({"sync_ref_model": True}, "sync_ref_model: expected False without a reference"),
+        ({"use_vllm": True, "vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size: only 1"),
         ({"use_adaptive_entropy": True, "top_entropy_quantile": 0.2}, "use_adaptive_entropy"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -240,7 +240,9 @@ def test_old_logps_are_scored_only_when_the_policy_moves_under_a_rollout(make_tr
     for settings, expected in (
         ({}, False),
         ({"split": (4, 2), "steps_per_generation": 1}, False),
-        ({"num_iterations": 2}, True),
+        ({"num_iterations": 2}, False),  # the first passes tell
+        ({"num_iterations": 2, "model": tiny_model(attention_dropout=0.1)}, True),  # not with dropout
+        ({"num_iterations": 2, "split": (4, 2), "steps_per_generation": 4}, True),
         ({"split": (4, 2), "steps_per_generation": 4}, True),
     ):
         trainer, _ = scripted(make_trainer, **settings)
@@ -258,15 +260,21 @@ def test_second_iteration_uses_the_ratio_to_the_policy_that_sampled(make_trainer
     logged = trainer.state.log_history[1]
     assert logged["clip_ratio/region_mean"] > 0
     (rollouts,) = made
-    model = tiny_model().double()
-    model.load_state_dict({name: w.double() for name, w in recorder.weights[1].items()})
+    assert rollouts.old_logps is None  # kept from the first step's passes
     ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], 1)
     mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], 1).long()
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
     length = rollouts.completion_ids.shape[1]
-    logps = torch.log_softmax(logits[:, -length - 1 : -1], -1)
-    logps = logps.gather(-1, rollouts.completion_ids.unsqueeze(-1)).squeeze(-1)
-    ratio = torch.exp(logps - rollouts.old_logps)
+    model = tiny_model().double()
+
+    def logps_at(step: int) -> torch.Tensor:
+        model.load_state_dict({name: w.double() for name, w in recorder.weights[step].items()})
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        logps = torch.log_softmax(logits[:, -length - 1 : -1], -1)
+        return logps.gather(-1, rollouts.completion_ids.unsqueeze(-1)).squeeze(-1)
+
+    with torch.no_grad():
+        old_logps = logps_at(0)
+    ratio = torch.exp(logps_at(1) - old_logps)
     advantages = rollouts.advantages[:, None]
     per_token = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
     (torch.where(rollouts.completion_mask, per_token, 0.0).sum() / rollouts.completion_mask.sum()).backward()

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_runs import TEMPLATE, WORDS, ScriptedEngine, count_letters, record_rollouts, tiny_model
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import fastrl
 from fastrl.rollout import Completions, SamplingParams
@@ -422,9 +422,3 @@ def test_an_engine_that_loses_completions_is_an_error(make_trainer: Make) -> Non
 
     with pytest.raises(RuntimeError, match="the rollout engine gave 7 completions for 8 prompts"):
         make_trainer(trainer_arguments={"rollout_engine": Lossy()}).train()
-
-
-def test_router_loss_is_refused_not_dropped(model: PreTrainedModel, make_trainer: Callable[..., GRPOTrainer]) -> None:
-    model.config.output_router_logits = True
-    with pytest.raises(ValueError, match=r"output_router_logits.*not supported yet"):
-        make_trainer(model)
