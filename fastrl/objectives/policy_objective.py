@@ -381,7 +381,7 @@ class PolicyObjective:
         return aggregation_weights(aggregation, mask, sequences, **numbers, dtype=dtype)
 
     def row_weights(self, mask: Tensor, normalizer: Tensor | float | None, counts: Tensor, total: float) -> Tensor:
-        """The weights of a padded batch's tokens, `(B, 1)`, from those that the mask has per row, `(B,)`, and in all."""
+        """The weights of a padded batch's tokens, `(B, 1)`, from those of the mask per row, `(B,)`, and in all."""
         aggregation, numbers = self._aggregated(mask, normalizer, counts.shape[0])
         return row_weights(aggregation, counts, total, **numbers)
 
