@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure  # without pyplot: no display, no global state
-
 from fastrl.evaluation.evaluation import Estimate, Evaluation
 
 if TYPE_CHECKING:
@@ -20,6 +18,8 @@ _MARKERS = "os^Dv<>"
 def plot_evaluation(evaluation: Evaluation, title: str = "") -> bytes:
     """A PNG: a curve per way of choosing over n on a logarithmic axis, bands of one standard error, the greedy accuracy
     as a dashed line."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     draw_evaluation(figure.subplots(), evaluation, title)
     buffer = io.BytesIO()

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrl.evaluation.sampling import rewards_of, sample
+from fastrl.rewards import completion_text
 from fastrl.rollout import SamplingParams, TransformersEngine
 from fastrl.trainers.model_setup import special_tokens
-from fastrl.trainers.prompts import Example, decode_completions, tokenize_prompts
+from fastrl.trainers.prompts import Example
 from fastrl.trainers.reward_runner import RewardRunner
 
 # The other settings are unset, because transformers warns of what a greedy search does not use.
@@ -73,20 +75,16 @@ def generate(
         ValueError: a prompt that is neither text nor a conversation, or a reward function that fails.
     """
     examples = [Example(index, dict(row)) for index, row in enumerate(rows)]
-    prompts, conversational = tokenize_prompts(examples, tokenizer, "rows", chat_template_kwargs or {}, None)
     pad_token_id, eos_token_ids = special_tokens(tokenizer, model)
     engine = TransformersEngine(model, eos_token_ids=eos_token_ids, pad_token_id=pad_token_id)
-    completions = engine.generate(prompts, num_generations, sampling).ids
-    repeated = [example.row for example in examples for _ in range(num_generations)]
-    rewards = RewardRunner(list(reward_funcs))(
-        prompts=[row["prompt"] for row in repeated],
-        completions=decode_completions(completions, tokenizer, conversational),
-        completion_ids=completions,
-        columns={name: [row[name] for row in repeated] for name in rows.column_names if name != "prompt"},
-        trainer_state=TrainerState(),
+    made = sample(
+        engine, tokenizer, examples, num_generations, sampling, name="rows", chat_template_kwargs=chat_template_kwargs
     )
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    return Generated([ids for ids in prompts for _ in range(num_generations)], completions, texts, rewards)
+    rewards = rewards_of(RewardRunner(list(reward_funcs)), examples, made)
+    texts = [completion_text(completion) for completion in made.completions]
+    return Generated(
+        [ids for ids in made.prompt_ids for _ in range(num_generations)], made.completion_ids, texts, rewards
+    )
 
 
 def greedy_answers(

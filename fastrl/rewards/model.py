@@ -26,7 +26,7 @@ class RewardModel:
 
     Args:
         model: folder or hub name, loaded with `num_labels=1`, or the model itself.
-        tokenizer: the model's own if None; one without a pad token pads with its end-of-sequence token.
+        tokenizer: the model's own if None; one without a pad token pads with its end token, or with token 0.
         device: where to move the model. None: where it is; one given by path goes to the GPU if there is one.
         batch_size: texts at a time; texts of similar length go together.
         model_init_kwargs: for `from_pretrained`, where the model is given by path.
@@ -69,7 +69,7 @@ class RewardModel:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.model = loaded if device is None else loaded.to(device)
         self.tokenizer = tokenizer
