@@ -78,7 +78,7 @@ class ProgressView(TrainerCallback):
         self._stepwise: set[str] = set()  # metrics whose value of every step is known, not only their logged means
         self._training = False
         self._step = self._total = self._first_step = 0
-        self._started = self._drawn = 0.0
+        self._started = self._drawn = self._speed = 0.0
         self._evaluated = 0
         self._to_evaluate: int | None = None
 
@@ -220,8 +220,10 @@ class ProgressView(TrainerCallback):
         parts = []
         store, done = self._store(), self._step - self._first_step
         if store is not None and store.counts_tokens:
-            parts.append(f"{store.tokens_per_second():.0f} tokens/s")
-        if self._training and done:
+            self._speed = store.tokens_per_second()
+        if self._speed:
+            parts.append(f"{self._speed:.0f} tokens/s")
+        if done:
             parts.append(f"{(time.perf_counter() - self._started) / done:.3g} s/step")
         if torch.cuda.is_available():
             parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU at most")
