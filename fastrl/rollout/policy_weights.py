@@ -46,13 +46,14 @@ def lm_head_is_tied(model: nn.Module) -> bool:
 
 
 def _weights(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if _is_adapter(module):
+        yield from ((prefix + name, tensor.detach()) for name, tensor in _merged(module, prefix).named_parameters())
+        return
     if _is_trained_copy(module):
         trained = not module.disable_adapters and bool(module.active_adapters)
         module = module.modules_to_save[module.active_adapters[0]] if trained else module.original_module
-    elif _is_adapter(module):
-        module = _merged(module, prefix)
     for name, parameter in module.named_parameters(recurse=False):
-        if id(parameter) not in seen:
+        if id(parameter) not in seen:  # by identity: only for parameters that stay alive
             seen.add(id(parameter))
             yield prefix + name, _whole(parameter, prefix + name)
     for name, child in module.named_children():

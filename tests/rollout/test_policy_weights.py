@@ -91,6 +91,13 @@ def test_adapters_are_merged_into_copies(config: dict[str, Any], tied: bool, tmp
     )
 
 
+def test_no_merged_weight_is_taken_for_one_that_was_there_before() -> None:
+    """Merged copies are freed one after the other, so that the next may have the address of the last."""
+    names = [name for name, _ in policy_weights(tiny_model(num_hidden_layers=8))]
+    model = get_peft_model(tiny_model(num_hidden_layers=8), LoraConfig(r=2, target_modules="all-linear"))
+    assert [name for name, _ in policy_weights(model)] == names
+
+
 def test_a_loaded_checkpoint_keeps_its_names(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
