@@ -12,6 +12,7 @@ from fastrl.objectives import AdaptiveEntropy, PolicyObjective, combine_rewards,
 from fastrl.rewards import with_reward_models
 from fastrl.rollout import RolloutEngine
 from fastrl.trainers import model_setup
+from fastrl.trainers.dynamic_sampling import GroupRefill
 from fastrl.trainers.grpo_config import GRPOConfig
 from fastrl.trainers.metrics import reward_metrics
 from fastrl.trainers.micro_batches import MicroBatch, live_fractions, live_sequences, ranks_tokens
@@ -106,21 +107,22 @@ class GRPOTrainer(OnlineTrainer):
                 raise ValueError(f"{name}: not supported, expected None: {reason}")
         self.objective: PolicyObjective = args.objective()
         self.correction = args.correction()
+        self.rewards = RewardRunner(
+            with_reward_models(
+                reward_funcs,
+                reward_processing_classes,
+                device=args.device,
+                chat_template_kwargs=args.chat_template_kwargs,
+                trust_remote_code=args.trust_remote_code,
+            ),
+            args.reward_weights,
+            timeout=args.reward_timeout,
+            workers=args.reward_workers,
+            max_failed_batches=args.max_failed_reward_batches,
+        )
         super().__init__(
             model,
-            RewardRunner(
-                with_reward_models(
-                    reward_funcs,
-                    reward_processing_classes,
-                    device=args.device,
-                    chat_template_kwargs=args.chat_template_kwargs,
-                    trust_remote_code=args.trust_remote_code,
-                ),
-                args.reward_weights,
-                timeout=args.reward_timeout,
-                workers=args.reward_workers,
-                max_failed_batches=args.max_failed_reward_batches,
-            ),
+            self.rewards,
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -166,7 +168,13 @@ class GRPOTrainer(OnlineTrainer):
 
     def make_rollouts(self, samples: Samples, *, score_old: bool) -> Rollouts:
         """Rewards, advantages within each prompt's group, and the log-probabilities that stay constant."""
-        advantages = self._advantages(samples)
+        per_func = self.collector.reward(samples, self.state)
+        self._log_rewards(samples, per_func)
+        if self.args.dynamic_sampling and not self.evaluating:
+            refill = GroupRefill(self.collector, self.draw_examples, self.total, self.args.max_resample_rounds)
+            samples, per_func = refill(samples, per_func, self.state)
+        advantages = self._advantages(samples, per_func)
+        self.log_samples(samples, self.collector.own_rows(per_func), advantages)
         rollouts = Rollouts(**samples.batch.tensors(), advantages=advantages, sampling_logps=samples.sampling_logps)
         rollouts = self._with_old_logps(rollouts, score_old, samples.mode)
         if self.objective.sampled_kl:
@@ -192,14 +200,11 @@ class GRPOTrainer(OnlineTrainer):
         self.add_means(mode, corrected.metrics)
         return dataclasses.replace(rollouts, importance_ratio=corrected.weights)
 
-    def _advantages(self, samples: Samples) -> Tensor:
-        args, runner = self.args, self.collector.rewards
-        assert runner is not None
-        per_func = self.collector.reward(samples, self.state)
-        group_ids = torch.arange(len(per_func), device=per_func.device) // samples.group
+    def _advantages(self, samples: Samples, per_func: Tensor) -> Tensor:
+        args, group_ids = self.args, torch.arange(len(per_func), device=per_func.device) // samples.group
         advantages, rewards = combine_rewards(
             per_func,
-            runner.weights.to(per_func),
+            self.rewards.weights.to(per_func),
             group_ids,
             aggregation=args.multi_objective_aggregation,
             baseline=args.advantage_baseline,
@@ -210,13 +215,17 @@ class GRPOTrainer(OnlineTrainer):
             estimated, _ = compute_advantages(args.advantage_estimator, rewards, mask, group_ids=group_ids)
             advantages = estimated.where(mask, -torch.inf).amax(-1)  # all tokens of a sequence have the same
             advantages = advantages.masked_fill(~mask.any(-1), 0.0)
+        return self.collector.own_rows(advantages)
+
+    def _log_rewards(self, samples: Samples, per_func: Tensor) -> None:
+        args, weights = self.args, self.rewards.weights.to(per_func)
+        _, rewards = combine_rewards(
+            per_func, weights, torch.zeros(len(per_func), dtype=torch.int64).to(weights.device)
+        )
         over_batch = args.scale_rewards == "batch" or args.multi_objective_aggregation == "normalize_then_sum"
         deviation_over = "batch" if over_batch else "group"
-        metrics = reward_metrics(per_func, runner.names, rewards, samples.group, deviation_over)
+        metrics = reward_metrics(per_func, self.rewards.names, rewards, samples.group, deviation_over)
         self.metrics.add(samples.mode, metrics)
-        advantages = self.collector.own_rows(advantages)
-        self.log_samples(samples, self.collector.own_rows(per_func), advantages)
-        return advantages
 
     # The loss --------------------------------------------------------------------------------------------------------
 

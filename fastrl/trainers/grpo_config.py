@@ -87,6 +87,12 @@ class GRPOConfig(OnlineConfig):
         default=None,
         metadata={"help": f"One of verl's: {', '.join(ESTIMATORS)}; then without baseline and scale_rewards."},
     )
+    dynamic_sampling: bool = field(
+        default=False, metadata={"help": "Replace groups whose rewards are all equal by other prompts' (DAPO)."}
+    )
+    max_resample_rounds: int = field(
+        default=3, metadata={"help": "dynamic_sampling: how often further prompts are sampled for one rollout."}
+    )
     old_logps_from_engine: bool = field(
         default=False, metadata={"help": "Take the engine's log-probabilities for the old ones: no scoring pass."}
     )
@@ -100,6 +106,12 @@ class GRPOConfig(OnlineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        own = self.per_device_train_batch_size * self.steps_per_generation
+        if self.dynamic_sampling and own % self.num_generations:
+            raise ValueError(
+                f"dynamic_sampling: a process's completions ({own} = per_device_train_batch_size x "
+                f"steps_per_generation) must be whole groups of num_generations ({self.num_generations})"
+            )
         self.objective()  # the objective checks its own arguments
 
     def objective(self) -> PolicyObjective:
@@ -140,6 +152,7 @@ class GRPOConfig(OnlineConfig):
                 "old_logps_from_engine: expected sampling from the policy itself, but top_p, top_k, min_p, "
                 "repetition_penalty or generation_kwargs change its distribution"
             )
+        require("max_resample_rounds", self.max_resample_rounds >= 1, "at least 1")
         if self.vllm_importance_sampling_cap is not None:
             self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
         correction = self.correction()

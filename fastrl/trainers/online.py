@@ -19,6 +19,7 @@ from fastrl.trainers.packing import Pass
 from fastrl.trainers.reward_runner import RewardRunner
 from fastrl.trainers.rollout_collector import Samples
 from fastrl.trainers.rollouts import Rollouts, from_named_tensors, named_tensors
+from fastrl.trainers.rollouts_ahead import RolloutsAhead
 from fastrl.trainers.sampling_trainer import SamplingTrainer
 from fastrl.trainers.scoring import token_means
 from fastrl.trainers.token_batch import TokenBatch
@@ -67,10 +68,16 @@ class OnlineTrainer(SamplingTrainer):
         super().__init__(model, rewards, args, **kwargs)
         self.activations = OffloadedActivations(self.model) if args.activation_offloading else nullcontext()
         self._generate_every = args.steps_per_generation * args.num_iterations  # micro-batches until the next rollout
+        self._ahead: RolloutsAhead | None = None  # while training asynchronously
         self._micro_step = 0  # micro-batches taken so far
         self._buffer: list[Any] = []  # the current rollout, in steps_per_generation parts
         self._window: deque[MicroBatch[Any]] = deque()  # what is left of the current optimizer step
         self._passes_run: list[tuple[Pass[Any], dict[str, Tensor]]] = []  # of the micro-batch, with metrics
+        if args.async_rollouts and not self.wants_sampling_logps:
+            raise ValueError(
+                f"async_rollouts: expected False, as {type(self).__name__} does not correct for an older policy here "
+                "(GRPO does, with vllm_importance_sampling_correction or old_logps_from_engine)"
+            )
         # Processes that share a prompt must not sample the same completions.
         set_seed(args.seed, device_specific=True)
 
@@ -150,10 +157,13 @@ class OnlineTrainer(SamplingTrainer):
         self._window = deque(micro_batches(parts, self.total, self.accelerator.num_processes))
 
     def _collect(self, examples: Any) -> list[Any]:
-        self.engine.sync_weights(self.model)
         # The policy that sampled is the policy that trains, unless an optimizer step comes in between.
         on_policy = self.args.gradient_accumulation_steps % self._generate_every == 0
-        samples = self.collector.collect(examples, "train_dataset", "train", self.state)
+        if self.args.async_rollouts:
+            samples = self._rollouts_ahead().collect(examples, self.model, self.state)
+        else:
+            self.engine.sync_weights(self.model)
+            samples = self.collector.collect(examples, "train_dataset", "train", self.state)
         rollouts = self.make_rollouts(samples, score_old=not on_policy)
         rollouts = rollouts.select(torch.randperm(len(rollouts)).to(self.args.device))
         parts = self.args.steps_per_generation
@@ -162,6 +172,23 @@ class OnlineTrainer(SamplingTrainer):
             together = math.gcd(parts, self.args.gradient_accumulation_steps)
             rollouts = groups_together(rollouts, parts // together)
         return rollouts.split(parts)
+
+    def _rollouts_ahead(self) -> RolloutsAhead:
+        if self._ahead is None:
+            steps = self.state.max_steps * self.args.gradient_accumulation_steps
+            numbers = (self._micro_step // self._generate_every, math.ceil(steps / self._generate_every))
+            settings = (self.args.max_staleness, self.rollout_examples)
+            self._ahead = RolloutsAhead(self.collector, self.model, *settings, *numbers)
+        return self._ahead
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.train`."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._ahead is not None:
+                self._ahead.close()
+                self._ahead = None
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -235,6 +262,7 @@ class OnlineTrainer(SamplingTrainer):
             "micro_step": self._micro_step,
             "geometry": self._geometry(),
             "metrics": self.metrics.state_dict(),
+            "drawn": self._drawn,
         }
         return state, named_tensors(pending)
 
@@ -251,4 +279,5 @@ class OnlineTrainer(SamplingTrainer):
             )
         self._micro_step = state["micro_step"]
         self.metrics.load_state_dict(state["metrics"])
+        self._drawn = state["drawn"]
         self._buffer = from_named_tensors(self.rollouts_type, tensors)

@@ -1,6 +1,7 @@
 """A trainer whose data are prompts: whole groups of them, repeated for as long as their rollouts are used."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from fastrl.trainers.checkpointing import ResumableTrainer
 from fastrl.trainers.online_config import OnlineConfig
-from fastrl.trainers.prompts import PromptDataset
+from fastrl.trainers.prompts import Example, PromptDataset
 from fastrl.trainers.sampler import RepeatSampler
 
 
@@ -27,6 +28,7 @@ class PromptTrainer(ResumableTrainer):
             data_collator=list,
             **kwargs,
         )
+        self._drawn = 0  # prompts drawn besides those of the sampler
         self._window_examples: list[Any] = []  # per micro-batch of the optimizer step, the examples of its rollout
         self._window_is_new = False
 
@@ -43,7 +45,7 @@ class PromptTrainer(ResumableTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Loads one rollout's examples at a time, again for every micro-batch that uses the rollout."""
         return self._get_dataloader(
-            dataset=PromptDataset(self.train_dataset, "train_dataset", self.args.remove_unused_columns),
+            dataset=self._prompts,
             description="Training",
             batch_size=self._train_batch_size * self.args.steps_per_generation,
             sampler_fn=self._get_train_sampler,
@@ -62,6 +64,30 @@ class PromptTrainer(ResumableTrainer):
         repeats = args.steps_per_generation * args.num_iterations
         self._sampler = RepeatSampler(rows, args.num_generations, prompts, repeats, args.shuffle_dataset, args.seed)
         return self._sampler
+
+    @cached_property
+    def _prompts(self) -> PromptDataset:
+        return PromptDataset(self.train_dataset, "train_dataset", self.args.remove_unused_columns)
+
+    def rollout_examples(self, number: int) -> list[Example]:
+        """This process's examples of rollout `number` of the run, counted from 0."""
+        return self._own_examples(self._sampler.batch(number))
+
+    def draw_examples(self, prompts: int) -> list[Example]:
+        """The examples of further prompts, as many for each process, `num_generations` of each.
+
+        They go through the dataset in an order of their own, which depends on the seed and on how many were drawn.
+        """
+        order = RepeatSampler(self._prompts, 1, shuffle=self.args.shuffle_dataset, seed=self.args.seed + 1)
+        size, places = len(self._prompts), range(self._drawn, self._drawn + prompts * self.args.world_size)
+        self._drawn += len(places)
+        orders = {epoch: order.order(epoch) for epoch in {place // size for place in places}}
+        indices = [orders[place // size][place % size] for place in places]
+        return self._own_examples([index for index in indices for _ in range(self.args.num_generations)])
+
+    def _own_examples(self, indices: list[int]) -> list[Example]:
+        share = len(indices) // self.args.world_size
+        return [self._prompts[index] for index in indices[self.args.process_index * share :][:share]]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Each prompt `num_generations_eval` times, in order."""

@@ -1,6 +1,8 @@
 """From prompts to completions and their rewards: what every online method begins with."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.utils import logging
 
-from fastrl.rollout import Completions, RolloutEngine
+from fastrl.rollout import Completions, RolloutEngine, SamplingParams
 from fastrl.trainers.metrics import MetricStore, completion_metrics
 from fastrl.trainers.online_config import OnlineConfig
 from fastrl.trainers.prompts import Example, decode_completions, tokenize_prompts
@@ -25,13 +27,18 @@ class Samples:
     """Completions of this process's prompts, groups side by side, before anything is known of their worth."""
 
     batch: TokenBatch
-    examples: Sequence[Example]  # a row for each completion
-    completions: list[Any]  # strings, or conversations: what reward functions see
-    completion_ids: list[list[int]]
     sampling_logps: Tensor | None  # (B, T) of the engine; None: it does not tell
+    examples: Sequence[Example]  # a row for each completion, and so the lists that follow
+    prompt_ids: list[list[int]]
+    sampled: Completions
+    completions: list[Any]  # strings, or conversations: what reward functions see
     group: int  # completions of one prompt
     mode: str  # "train", or an evaluation's prefix
     columns: dict[str, list[Any]] = field(default_factory=dict)  # what reward functions add to the table of completions
+
+    @property
+    def completion_ids(self) -> list[list[int]]:
+        return self.sampled.ids
 
 
 @dataclass
@@ -49,7 +56,14 @@ class RolloutCollector:
     context_length: int | None
     wants_logps: bool  # of the engine
 
-    def collect(self, examples: Sequence[Example], name: str, mode: str, state: TrainerState) -> Samples:
+    def collect(
+        self,
+        examples: Sequence[Example],
+        name: str,
+        mode: str,
+        state: TrainerState,
+        sampled: Completions | None = None,
+    ) -> Samples:
         """A completion for each of this process's examples: a prompt comes once per completion, groups side by side.
 
         Args:
@@ -57,33 +71,69 @@ class RolloutCollector:
             name: of the dataset, for errors.
             mode: where the metrics go, "train" or an evaluation's prefix.
             state: its count of tokens seen goes up in training.
+            sampled: what the engine has made of `request(examples, name, mode)`; None: it is asked now.
 
         Raises:
             ValueError: a prompt that cannot be used.
         """
-        group = self.args.num_generations
-        if mode != "train" and self.args.num_generations_eval:
-            group = self.args.num_generations_eval
-        template = self.args.chat_template_kwargs or {}
-        prompt_ids, conversational = tokenize_prompts(examples, self.tokenizer, name, template, self.context_length)
-        sampled = self._sample(prompt_ids, group)
+        prompt_ids, conversational = self._prompts(examples, name)
+        if sampled is None:
+            sampled = self.engine.generate(*self.request(examples, name, mode))
+        if len(sampled.ids) != len(prompt_ids):
+            raise RuntimeError(f"the rollout engine gave {len(sampled.ids)} completions for {len(prompt_ids)} prompts")
         self._count(prompt_ids, sampled.ids, mode, state)
+        completions = decode_completions(sampled.ids, self.tokenizer, conversational)
+        return self._samples(examples, prompt_ids, sampled, completions, mode, {})
 
+    def request(self, examples: Sequence[Example], name: str, mode: str) -> tuple[list[list[int]], int, SamplingParams]:
+        """The engine's arguments for these examples."""
+        prompt_ids, _ = self._prompts(examples, name)
+        group = self.group(mode)
+        count = group if len(prompt_ids) % group == 0 else 1  # a group may lie on several processes
+        return prompt_ids[::count], count, self._sampling(prompt_ids)
+
+    def group(self, mode: str) -> int:
+        """Completions of one prompt."""
+        in_evaluation = self.args.num_generations_eval if mode != "train" else None
+        return in_evaluation or self.args.num_generations
+
+    def picked(self, pieces: Sequence[tuple[Samples, Sequence[int]]]) -> Samples:
+        """Rows of several samples, one piece after the other."""
+
+        def pick(of: Callable[[Samples], Sequence[Any]]) -> list[Any]:
+            return [of(samples)[row] for samples, rows in pieces for row in rows]
+
+        first = pieces[0][0]
+        names = {name for samples, _ in pieces for name in samples.columns}
+        nothing = [None] * max(len(samples.examples) for samples, _ in pieces)
+        columns = {name: pick(lambda samples: samples.columns.get(name, nothing)) for name in sorted(names)}  # noqa: B023
+        logps = None if first.sampled.logps is None else pick(lambda samples: samples.sampled.logps or [])
+        sampled = Completions(pick(lambda samples: samples.completion_ids), logps)
+        lists = (pick(lambda samples: samples.examples), pick(lambda samples: samples.prompt_ids), sampled)
+        return self._samples(*lists, pick(lambda samples: samples.completions), first.mode, columns)
+
+    def _prompts(self, examples: Sequence[Example], name: str) -> tuple[list[list[int]], bool]:
+        template = self.args.chat_template_kwargs or {}
+        return tokenize_prompts(examples, self.tokenizer, name, template, self.context_length)
+
+    def _samples(
+        self,
+        examples: Sequence[Example],
+        prompt_ids: list[list[int]],
+        sampled: Completions,
+        completions: list[Any],
+        mode: str,
+        columns: dict[str, list[Any]],
+    ) -> Samples:
         device = self.accelerator.device
         prompts, prompt_mask = pad(prompt_ids, self.pad_token_id, left=True, device=device)
         completion_ids, completion_mask = pad(sampled.ids, self.pad_token_id, left=False, device=device)
         loss_mask = None
         if self.args.mask_truncated_completions:
             loss_mask = completion_mask & ~self.truncated(sampled.ids)[:, None]
-        return Samples(
-            TokenBatch(prompts, prompt_mask, completion_ids, completion_mask, loss_mask=loss_mask),
-            examples,
-            decode_completions(sampled.ids, self.tokenizer, conversational),
-            sampled.ids,
-            None if sampled.logps is None else pad(sampled.logps, 0.0, left=False, device=device)[0],
-            group,
-            mode,
-        )
+        batch = TokenBatch(prompts, prompt_mask, completion_ids, completion_mask, loss_mask=loss_mask)
+        logps = None if sampled.logps is None else pad(sampled.logps, 0.0, left=False, device=device)[0]
+        return Samples(batch, logps, examples, prompt_ids, sampled, completions, self.group(mode), mode, columns)
 
     def reward(self, samples: Samples, state: TrainerState) -> Tensor:
         """Rewards (B, F) of all processes' completions in order, one column per function; NaN: no reward.
@@ -126,7 +176,7 @@ class RolloutCollector:
         ends = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids]
         return ~torch.tensor(ends, device=self.accelerator.device)
 
-    def _sample(self, prompt_ids: list[list[int]], group: int) -> Completions:
+    def _sampling(self, prompt_ids: list[list[int]]) -> SamplingParams:
         sampling = self.args.sampling_params(self.wants_logps)
         if self.context_length is not None:
             room = self.context_length - max(map(len, prompt_ids))
@@ -136,11 +186,7 @@ class RolloutCollector:
                     f"({sampling.max_tokens}): the completions of its batch are cut there."
                 )
                 sampling = replace(sampling, max_tokens=room)
-        count = group if len(prompt_ids) % group == 0 else 1  # a group may lie on several processes
-        sampled = self.engine.generate(prompt_ids[::count], count, sampling)
-        if len(sampled.ids) != len(prompt_ids):
-            raise RuntimeError(f"the rollout engine gave {len(sampled.ids)} completions for {len(prompt_ids)} prompts")
-        return sampled
+        return sampling
 
     def _count(
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], mode: str, state: TrainerState

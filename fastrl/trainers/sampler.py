@@ -38,13 +38,22 @@ class RepeatSampler(Sampler[int]):
         """Chooses the order of the next iteration."""
         self.epoch = epoch
 
+    def order(self, epoch: int) -> list[int]:
+        """Every index once, as that epoch has them."""
+        if not self.shuffle:
+            return list(range(self.num_samples))
+        # A product with a large odd number keeps (seed, epoch) and (seed + 1, epoch - 1) apart.
+        generator = torch.Generator().manual_seed(self.seed + 0x9E3779B1 * epoch)
+        return torch.randperm(self.num_samples, generator=generator).tolist()
+
+    def batch(self, number: int) -> list[int]:
+        """Batch `number` of all epochs, counted from 0, once."""
+        epoch, place = divmod(number, self.num_samples // self.batch_size)
+        indices = self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        return [index for index in indices for _ in range(self.mini_repeat_count)]
+
     def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            # A product with a large odd number keeps (seed, epoch) and (seed + 1, epoch - 1) apart.
-            generator = torch.Generator().manual_seed(self.seed + 0x9E3779B1 * self.epoch)
-            order = torch.randperm(self.num_samples, generator=generator).tolist()
-        else:
-            order = list(range(self.num_samples))
+        order = self.order(self.epoch)
         for start in range(0, self.num_samples - self.batch_size + 1, self.batch_size):
             for _ in range(self.repeat_count):
                 for index in order[start : start + self.batch_size]:

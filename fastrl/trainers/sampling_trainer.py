@@ -93,9 +93,12 @@ class SamplingTrainer(PromptTrainer):
             self.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
         # Under FSDP every process must run the model equally often.
         self.packer = Packer.for_model(policy, args.share_prompts, args.tokens_per_pass, one_pass=self.is_fsdp_enabled)
+        sampler: Any = None
+        if args.async_rollouts and not args.use_vllm and rollout_engine is None:
+            sampler = model_setup.frozen_copy(policy)  # generation beside the optimizer needs weights that stay
         self.engine = rollout_engine or make_engine(
             args,
-            lambda: self.accelerator.unwrap_model(self.model_wrapped),
+            sampler or (lambda: self.accelerator.unwrap_model(self.model_wrapped)),
             tokenizer,
             eos_token_ids=eos_token_ids,
             pad_token_id=pad_token_id,

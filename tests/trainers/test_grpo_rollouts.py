@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralCon
 from fastrl.integrations import router_loss
 from fastrl.objectives import RolloutCorrection, rollout_correction
 from fastrl.rollout import Completions, SamplingParams
-from fastrl.trainers import GRPOTrainer
+from fastrl.trainers import GRPOConfig, GRPOTrainer
 from fastrl.trainers.activation_offloading import OffloadedActivations
 
 Make = Callable[..., GRPOTrainer]
@@ -177,3 +177,86 @@ def test_a_reward_model_and_a_table_of_completions(make_trainer: Make, tokenizer
     rewards = table["rewards/length"] if "rewards/length" in table.column_names else table["length"]
     assert rewards.to_pylist() == [float(n) for n in table["tokens"].to_pylist()]
     assert sum(table["advantage"].to_pylist()) == pytest.approx(0.0, abs=1e-4)
+
+
+# Dynamic sampling
+
+
+def half_hopeless(completions: list[str], answer: list[str], **kwargs: Any) -> list[float | None]:
+    """The same for every completion of an odd prompt; no reward at all for the prompt 5."""
+    rewards = [0.0 if int(i) % 2 else float(len(c.split())) for c, i in zip(completions, answer, strict=True)]
+    return [None if i == "5" else reward for reward, i in zip(rewards, answer, strict=True)]
+
+
+def groups_of(rollouts: Any) -> list[tuple[int, ...]]:
+    return [tuple(ids[mask].tolist()) for ids, mask in zip(rollouts.prompt_ids, rollouts.prompt_mask, strict=True)][::4]
+
+
+def test_unanimous_groups_give_way_to_others(make_trainer: Make) -> None:
+    trainer, _ = scripted(
+        make_trainer, reward_funcs=half_hopeless, dynamic_sampling=True, max_steps=6, shuffle_dataset=False
+    )
+    made = record_rollouts(trainer)
+    trainer.train()
+    lively = {(6,), (9, 10, 11), (16,), (19, 20, 21, 22, 23)}  # the prompts 0, 2, 4 and 6
+    for rollouts in made:
+        assert len(rollouts) == 8 and set(groups_of(rollouts)) <= lively
+        assert (rollouts.advantages.view(2, 4) != 0).any(-1).all()
+    logs = trainer.state.log_history[:6]
+    assert [log["dynamic_sampling/groups_unfilled"] for log in logs] == [0.0] * 6
+    assert all(log["dynamic_sampling/groups_dropped"] >= 1 for log in logs)  # an even prompt comes with an odd one
+    # the reward is that of the prompts as they came
+    assert logs[0]["frac_reward_zero_std"] == 0.5
+    drawn = trainer._drawn
+    assert drawn > 0 and trainer.resume_state()[0]["drawn"] == drawn
+
+
+def test_a_dataset_without_a_lesson_ends_the_refill(make_trainer: Make) -> None:
+    trainer, recorder = scripted(
+        make_trainer, reward_funcs=lambda completions: [None] * len(completions), dynamic_sampling=True,
+        max_resample_rounds=2,
+    )  # fmt: skip
+    made = record_rollouts(trainer)
+    trainer.train()
+    assert trainer.engine.calls == 3 and len(made[0]) == 8 and not made[0].advantages.any()
+    log = trainer.state.log_history[0]
+    assert log["dynamic_sampling/rounds"] == 2 and log["dynamic_sampling/groups_unfilled"] == 2
+    assert log["dynamic_sampling/unanimous_fraction"] == 1.0
+    assert not any(grad.any() for grad in recorder.grads[0].values())
+
+
+def test_dynamic_sampling_needs_whole_groups(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GRPOConfig, "world_size", 2)
+    with pytest.raises(ValueError, match=r"dynamic_sampling: a process's completions \(2 "):
+        make_trainer(dynamic_sampling=True, per_device_train_batch_size=2)
+
+
+# Asynchronous rollouts
+
+
+def test_rollouts_of_an_older_policy_are_corrected(make_trainer: Make, prompts: Any) -> None:
+    trainer = make_trainer(
+        async_rollouts=True, max_staleness=2, max_steps=6, eval_strategy="steps", eval_steps=3,
+        per_device_eval_batch_size=8, trainer_arguments={"eval_dataset": prompts.select(range(2))},
+    )  # fmt: skip
+    made = record_rollouts(trainer)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "sampling/staleness" in log]
+    staleness = [log["sampling/staleness"] for log in logs]
+    assert len(staleness) == 6 and max(staleness) <= 2 and staleness[-1] >= 1
+    trained = [rollouts for rollouts in made if rollouts.importance_ratio is not None]
+    assert any((rollouts.importance_ratio - rollouts.mask.float()).abs().max() > 1e-3 for rollouts in trained)
+    names = {"eval_reward", "eval_completions/mean_length"}
+    assert any(names <= log.keys() for log in trainer.state.log_history)
+    assert trainer.evaluate()["eval_reward"] >= 0  # with the engine alone, once training is over
+    # the order of prompts is that of the synchronous run
+    expected = [groups_of(rollouts) for rollouts in made if len(rollouts) == 8][:2]
+    other = make_trainer(max_steps=2)
+    others = record_rollouts(other)
+    other.train()
+    assert [groups_of(rollouts) for rollouts in others] == expected
+
+
+def test_asynchronous_rollouts_without_correction_are_refused(make_trainer: Make) -> None:
+    with pytest.raises(ValueError, match="async_rollouts: expected False, as GRPOTrainer does not correct"):
+        make_trainer(async_rollouts=True, vllm_importance_sampling_correction=False)

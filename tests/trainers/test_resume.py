@@ -69,6 +69,9 @@ SITUATIONS: dict[str, dict[str, Any]] = {
         "max_steps": 10,
         "save_steps": 6,
     },
+    "inside_a_rollout_scored_by_its_first_step": {"num_iterations": 3, "max_steps": 7, "save_steps": 4},
+    "dynamic_sampling": {"dynamic_sampling": True, "max_steps": 6, "save_steps": 3},
+    "moving_reference": {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "save_steps": 3},
     "between_two_logs": {"logging_steps": 2},
     "accumulation_and_reference": {"gradient_accumulation_steps": 2, "beta": 0.1, "loss_type": "grpo"},
     "adaptive_entropy": {
