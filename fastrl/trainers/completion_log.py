@@ -3,6 +3,8 @@
 The options, columns and file names are those of TRL's `log_completions`.
 """
 
+from __future__ import annotations
+
 import importlib
 import json
 import math

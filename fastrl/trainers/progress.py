@@ -3,14 +3,18 @@
 The panel is drawn when something has happened (a micro-batch, a step, a log), never by a thread of its own.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
+import logging
 import math
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
@@ -53,8 +57,6 @@ _SUMMARY = ("train_loss", "train_runtime")  # of the last log
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SECONDS_BETWEEN_DRAWINGS = 0.1
 
-View = TypeVar("View", bound="ProgressView")
-
 
 class ProgressView(TrainerCallback):
     """Shows step, time left and the watched metrics of a run; in evaluation too. Only the main process shows anything.
@@ -72,6 +74,7 @@ class ProgressView(TrainerCallback):
         self._store = store
         self.console = console or Console()
         self._live: Live | None = None
+        self._rerouted: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._users = 0
         self._title = ""
         self._trends: dict[str, deque[float]] = {}
@@ -82,7 +85,7 @@ class ProgressView(TrainerCallback):
         self._evaluated = 0
         self._to_evaluate: int | None = None
 
-    def __enter__(self: View) -> View:
+    def __enter__(self) -> ProgressView:
         self._users += 1
         return self
 
@@ -179,6 +182,7 @@ class ProgressView(TrainerCallback):
         """Leaves the last state of the panel on the screen."""
         self._training = False
         self._close()
+        self._total = 0  # an evaluation that follows is no part of the training
 
     # What is shown --------------------------------------------------------------------------------------------------
 
@@ -223,7 +227,7 @@ class ProgressView(TrainerCallback):
             self._speed = store.tokens_per_second()
         if self._speed:
             parts.append(f"{self._speed:.0f} tokens/s")
-        if done:
+        if self._total and done:
             parts.append(f"{(time.perf_counter() - self._started) / done:.3g} s/step")
         if torch.cuda.is_available():
             parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU at most")
@@ -245,7 +249,9 @@ class ProgressView(TrainerCallback):
             method = type(args).__name__.removesuffix("Config")
             self._title = f"{method}  {args.output_dir}"
             self._live = Live(self, console=self.console, auto_refresh=False)
+            stream = sys.stderr
             self._live.start(refresh=True)
+            self._rerouted = _reroute_logging(stream, sys.stderr)
 
     def _draw(self, at_once: bool = False) -> None:
         now = time.perf_counter()
@@ -263,6 +269,18 @@ class ProgressView(TrainerCallback):
         live, self._live = self._live, None
         if live is not None:
             live.stop()
+            for handler, stream in self._rerouted:
+                handler.setStream(stream)
+
+
+def _reroute_logging(old: Any, new: Any) -> list[tuple[logging.StreamHandler[Any], Any]]:
+    """Lets loggers that hold the stream `old` write to `new`, above the panel; returns what to set back."""
+    loggers = [logging.root, *(item for item in logging.root.manager.loggerDict.values() if hasattr(item, "handlers"))]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    found = [item for item in handlers if isinstance(item, logging.StreamHandler) and item.stream is old]
+    for handler in found if new is not old else ():
+        handler.setStream(new)
+    return [(handler, old) for handler in found]
 
 
 def use_progress(trainer: Trainer) -> ProgressView:

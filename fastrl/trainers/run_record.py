@@ -3,6 +3,8 @@
 trainer_state.json has the history too, but only in checkpoints, so a killed run would lose what came after the last.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import math

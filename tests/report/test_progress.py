@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +54,25 @@ def test_a_terminal_gets_a_panel(make_line_trainer: Make, capsys: pytest.Capture
     assert "4/4" in last and "elapsed" in last and "evaluation" not in last
     assert re.search(r"reward +3 +▁▃▆█", last) and re.search(r"eval_loss +[\d.e-]+ +█▁", last)
     assert "none" not in last and last.rstrip().endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_what_loggers_say_goes_above_the_panel(make_line_trainer: Make, capfd: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("someone.elses")
+    handler = logging.StreamHandler(sys.stderr)  # holds the stream of this moment, as that of transformers does
+    logger.addHandler(handler)
+    trainer = make_line_trainer(disable_tqdm=False)
+    screen = terminal(trainer)
+    compute_loss = trainer.compute_loss
+
+    def warns(*args: Any, **kwargs: Any) -> Any:
+        logger.warning("beware of this")
+        return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = warns  # type: ignore[method-assign]
+    trainer.train()
+    logger.removeHandler(handler)
+    assert screen.getvalue().count("beware of this") == 4 and "beware" not in capfd.readouterr().err
+    assert handler.stream is sys.stderr
 
 
 def test_an_evaluation_alone(make_line_trainer: Make) -> None:
