@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_PACKAGES = ("fastrl", "torch", "triton", "numpy", "transformers", "accelerate", "datasets", "safetensors", "peft")
-_NEEDED_FOR_TRAINING = ("transformers", "accelerate", "datasets", "safetensors")
+_NEEDED_FOR_TRAINING = ("transformers", "accelerate", "datasets", "safetensors", "rich", "pyarrow", "psutil")
+_PACKAGES = ("fastrl", "torch", "triton", "numpy", *_NEEDED_FOR_TRAINING, "matplotlib", "peft")
 # Rows, hidden size and vocabulary of the self-test: odd, several chunks, and a few seconds with the eager reference.
 _TOKENS, _HIDDEN, _VOCABULARY = 509, 256, 32003
 # Times the error of plain PyTorch in the same dtype, against fp64.

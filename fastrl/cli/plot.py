@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
             written = [_compare(runs, arguments)]
     except OSError as error:
         raise UserError(f"can't write: {error}") from error
+    except ModuleNotFoundError as error:
+        raise UserError(f"this needs the package {error.name}; get it with: pip install 'fastrl[train]'") from error
     for path in written:
         print(path)
     return 0
