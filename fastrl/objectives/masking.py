@@ -34,6 +34,8 @@ def weighted_sum(x: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
 
 def known_finite(x: Tensor) -> bool:
     """Whether x is on the host, where a look at it costs next to nothing, and holds no NaN or infinity."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    number = x.detach()
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or type(number) is not Tensor
+    if number.device.type != "cpu" or traced:
         return False
-    return math.isfinite(x.detach().sum().item())
+    return math.isfinite(number.sum().item())
