@@ -48,8 +48,7 @@ class DPOTrainer(OfflineTrainer):
             (see `fastrl.data.formats`); TPO also needs a column "reference", the gold answer. KTO takes unpaired rows,
             and preferences, which it takes apart as TRL does. A dict of datasets evaluates on each.
         processing_class: the tokenizer; None: the one beside the model.
-        callbacks, optimizers, peft_config: as in `OfflineTrainer`.
-        data_collator, compute_metrics, quantization_config: refused, the message says why.
+        callbacks, optimizers, peft_config: as in `OfflineTrainer`. The others: refused, the message says why.
 
     A pair's prompt is encoded once, and both answers run in one pass. What the loss is divided by are the pairs (KTO:
     answers) of the optimizer step, for an NLL term its tokens. Three losses depend on more than one pair:
@@ -69,7 +68,8 @@ class DPOTrainer(OfflineTrainer):
 
     Departures from TRL:
       - `mean_token_accuracy` is there in evaluation only: it needs the largest logit, which the fused loss never has.
-      - `eval_loss` and evaluation's metrics are means over the whole evaluation set, whatever the batch size.
+      - `eval_loss` and evaluation's metrics are means over the whole evaluation set, whatever the batch size; in
+        `eval_loss` an NLL term is each batch's own mean.
       - KTO's mismatched answers are cut at `max_length` twice: with their own prompt, then with the other.
       - ORPO's NLL is that of the chosen answers, without their prompts.
       - `lm_head` may have a LoRA adapter. Streamed datasets and images: refused.

@@ -2,7 +2,7 @@
 apart (CPO, SimPO, AlphaPO, ORPO, TPO)."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any
 
 from fastrl.objectives import CPOObjective, KTOObjective, ORPOObjective, PreferenceObjective, TPOObjective
 from fastrl.objectives.dpo import LOSS_TYPES
@@ -42,11 +42,6 @@ class DPOConfig(OfflineConfig):
       has the remedies of likelihood displacement, `rpo_alpha` and `dpop_lambda`, and `reference_free`.
     """
 
-    REFUSED: ClassVar[dict[str, tuple[Any, str]]] = {
-        **OfflineConfig.REFUSED,
-        "activation_offloading": (False, "activations are recomputed instead (gradient_checkpointing)"),
-    }
-
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the models to 0."})
 
@@ -79,7 +74,6 @@ class DPOConfig(OfflineConfig):
     beta: float = field(default=0.1, metadata={"help": "Strength of the pull to the reference."})
     use_weighting: bool = field(default=False, metadata={"help": "WPO: weight pairs by the policy's probability."})
     discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of DiscoPOP."})
-    activation_offloading: bool = field(default=False, metadata={"help": "Not supported."})
     sync_ref_model: bool = field(default=False, metadata={"help": "TR-DPO: let the reference follow the policy."})
     ref_model_mixup_alpha: float = field(default=0.6, metadata={"help": "Share of the policy in the new reference."})
     ref_model_sync_steps: int = field(default=512, metadata={"help": "Optimizer steps between two of these."})
