@@ -4,6 +4,7 @@ over the whole optimizer step, metrics, evaluation. A subclass says what a row i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from fastrl.data.token_rows import TokenRow, TokenRows, check_datasets, tokenize_rows
 from fastrl.integrations import LMHead, patch_model, router_loss, router_loss_coef
 from fastrl.trainers import model_setup
+from fastrl.trainers.activation_offloading import OffloadedActivations
 from fastrl.trainers.checkpointing import ResumableTrainer
 from fastrl.trainers.metrics import MetricStore, MetricSums
 from fastrl.trainers.offline_config import OfflineConfig
@@ -49,12 +51,10 @@ class OfflineTrainer(ResumableTrainer):
       - `whole_rows = True`, if the sequences of a row must meet in one pass, as a pair's loss needs it;
       - `set_up()`, for what happens to model and tokenizer before an adapter is put on (a reference, a template).
 
-    What a loss is divided by is counted over the whole optimizer step and all processes, so that gradient accumulation,
-    packing, and any split into micro-batches and passes give the same loss and gradient. Metrics are quotients of sums
-    over the step. `eval_loss` is the mean over all that counts in the evaluation set, whatever the batch size; TRL's is
-    a mean of the batches' means.
-
-    The order of rows is a function of (seed, epoch): a resumed run sees the rows that the uninterrupted one does.
+    What a loss is divided by is counted over the optimizer step and all processes, so that any split into micro-batches
+    and passes gives the same loss and gradient. Metrics are quotients of sums over the step. `eval_loss` is the mean
+    over all that counts in the evaluation set, whatever the batch size; TRL's is a mean of the batches' means. The
+    order of rows is a function of (seed, epoch): a resumed run sees the rows that the uninterrupted one does.
 
     Args:
         model: a path, a transformers causal LM, or one under PEFT.
@@ -132,6 +132,7 @@ class OfflineTrainer(ResumableTrainer):
         self.patches = [self.patch(policy)]
         # Under FSDP every process must run the model equally often.
         self.packer = Packer.for_model(policy, args.share_prompts, args.tokens_per_pass, one_pass=self.is_fsdp_enabled)
+        self.activations = OffloadedActivations(policy) if args.activation_offloading else nullcontext()
         self.metrics = MetricStore()
         self._sums = MetricSums(self.args.device)  # of the optimizer step or the evaluation
         self._tokens = 0  # of the optimizer step, in this process
@@ -225,9 +226,7 @@ class OfflineTrainer(ResumableTrainer):
     def precomputed(self, rows: TokenRows, name: str, values: Callable[[Any], Tensor], batch_size: int) -> TokenRows:
         """The rows with a column of what `values` gives for each sequence: see `with_values`."""
         collate: Any = self.data_collator
-        return with_values(
-            rows, name, values, collate, batch_size, self.accelerator, progress=not self.args.disable_tqdm
-        )
+        return with_values(rows, name, values, collate, batch_size, self.accelerator, quiet=self.args.disable_tqdm)
 
     # One optimizer step ----------------------------------------------------------------------------------------------
 
@@ -258,10 +257,11 @@ class OfflineTrainer(ResumableTrainer):
         batch: RowBatch = inputs
         *first, last = [_Work(part, num_items_in_batch) for part in self.passes(batch)]
         loss = torch.zeros((), device=self.args.device)
-        with self.accelerator.no_sync(model):  # each process has its own number of passes
-            for work in first:
-                loss += super().training_step(model, work, None)  # type: ignore[arg-type]
-        loss += super().training_step(model, last, None)  # type: ignore[arg-type]
+        with self.activations:
+            with self.accelerator.no_sync(model):  # each process has its own number of passes
+                for work in first:
+                    loss += super().training_step(model, work, None)  # type: ignore[arg-type]
+            loss += super().training_step(model, last, None)  # type: ignore[arg-type]
         self._tokens += batch.num_tokens
         self._micro_batches_left -= 1
         if not self._micro_batches_left:

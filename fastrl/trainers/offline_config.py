@@ -49,6 +49,9 @@ class OfflineConfig(TrainingArguments):
         default=None,
         metadata={"help": "Weight of a mixture of experts' load-balancing loss; None: the model's own; 0: none."},
     )
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "Keep what the backward needs in the CPU's memory until then."}
+    )
     disable_dropout: bool = field(default=False, metadata={"help": "Set every dropout of the model to 0."})
 
     # Data

@@ -78,7 +78,7 @@ def with_values(
     batch_size: int,
     accelerator: Accelerator,
     *,
-    progress: bool,
+    quiet: bool,
 ) -> TokenRows:
     """The rows with a column `name`: what `values` gives for each sequence of a batch, (B,), in lists of K.
 
@@ -89,7 +89,7 @@ def with_values(
     for start in tqdm(
         range(rank * batch_size, len(rows), world * batch_size),
         desc=f"{name} of {rows.name}",
-        disable=not progress or rank > 0,
+        disable=quiet or rank > 0,
     ):
         places = range(start, min(start + batch_size, len(rows)))
         batch = collate([rows[place] for place in places]).to(accelerator.device)

@@ -36,7 +36,6 @@ class SFTConfig(OfflineConfig):
     chat_template_path: str | None = field(
         default=None, metadata={"help": "A Jinja file, or a tokenizer whose chat template to take."}
     )
-    activation_offloading: bool = field(default=False, metadata={"help": "Keep activations in the CPU's memory."})
 
     # Data
     dataset_text_field: str = field(default="text", metadata={"help": "Column of the text."})

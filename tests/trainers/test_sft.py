@@ -14,6 +14,7 @@ from tiny_runs import WORDS, GradientRecorder, make_tokenizer, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, MixtralConfig
 
+from fastrl.trainers.activation_offloading import OffloadedActivations
 from fastrl.trainers.sft import SFTTrainer
 from fastrl.trainers.sft_config import SFTConfig
 
@@ -160,6 +161,23 @@ def test_any_split_gives_the_same_step(make: Make, rows: str) -> None:
         assert_same(others, grads)
         for metric in ("loss", "entropy", "num_tokens"):
             assert other[metric] == pytest.approx(log[metric], rel=1e-5), (name, metric)
+
+
+def test_offloaded_activations(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU nothing is worth moving; here everything but parameters is, and the gradient stays as it was."""
+    monkeypatch.setattr("fastrl.trainers.activation_offloading.SMALLEST", 1)
+    moved: list[int] = []
+
+    def moves(self: OffloadedActivations, tensor: Tensor) -> bool:
+        moved.append(tensor.numel())
+        return self._is_activation(tensor)
+
+    monkeypatch.setattr(OffloadedActivations, "moves", moves)
+    grads, log = trained(make())
+    assert not moved
+    others, other = trained(make(activation_offloading=True))
+    assert_same(others, grads, 0.0)
+    assert other["loss"] == log["loss"] and len(moved) > 20
 
 
 def test_dynamic_fine_tuning(make: Make) -> None:
