@@ -10,7 +10,7 @@ from typing import Any
 
 # Of one evaluation or of the whole run: no curve.
 _NO_CURVE = re.compile(
-    r"step|epoch|seconds|total_flos|train_.+|(eval|test)_.*(runtime|samples_per_second|steps_per_second|model_preparation_time)"
+    r"step|epoch|seconds|total_flos|train_.+|(eval|test)_.*(runtime|num_tokens|samples_per_second|steps_per_second|model_preparation_time)"
 )
 
 
@@ -46,10 +46,10 @@ PANELS = (
     Panel("preference", "reward margin", r"rewards/margins|margin", overview=True),
     Panel("preference", "rewards", r"rewards/(chosen|rejected)|(mean|min|max)_reward"),
     Panel("preference", "log-probability of the answers (nats)", r"logps/(chosen|rejected)", overview=True),
-    Panel("preference", "change of chosen log-probability (nats)", r"logps/chosen_change", smooth=False),
+    Panel("preference", "change since the first steps", r"(logps/chosen|rewards/margins)_change", smooth=False),
     Panel(
         "preference",
-        "pairs whose chosen answer lost likelihood",
+        "likelihood displacement",
         r"rewards/displaced|chosen_likelihood_falls",
         share=True,
     ),
