@@ -42,7 +42,9 @@ class SFTTrainer(OfflineTrainer):
 
     Departures from TRL:
       - `mean_token_accuracy` is there in evaluation only: it needs the largest logit, which the fused loss never has.
-      - `eval_loss` is the mean over all tokens that count, whatever the batch size.
+      - Metrics and `eval_loss` are means over all tokens that count, whatever the batch size; TRL's are means of the
+        batches' means.
+      - Rows with "completion_mask" count it unless `completion_only_loss=False`; TRL needs True for that.
       - A text of which no token counts is left out also where a single token is all there is.
       - `assistant_only_loss` needs a chat template with {% generation %}; TRL swaps in one for the families it knows.
       - `lm_head` may have a LoRA adapter.

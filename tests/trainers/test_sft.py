@@ -145,7 +145,6 @@ def test_equals_an_eager_forward_with_labels(make: Make, family: str) -> None:
 SPLITS: dict[str, dict[str, Any]] = {
     "accumulation": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
     "small passes": {"tokens_per_pass": 6},
-    "padded": {"share_prompts": False},
     "padded, small passes": {"share_prompts": False, "tokens_per_pass": 12},
     "checkpointing": {"gradient_checkpointing": True},
     "reference": {"loss_backend": "reference"},
@@ -424,6 +423,29 @@ def test_chat_template_and_tokens_by_argument(make: Make, tmp_path: Path) -> Non
 def test_what_cannot_work_is_named(make: Make, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         make(**wrong)
+
+
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_trl_takes_the_same_steps(tmp_path: Path, loss_type: str) -> None:
+    trl = pytest.importorskip("trl")
+    logs = []
+    for trainer, config in ((trl.SFTTrainer, trl.SFTConfig), (SFTTrainer, SFTConfig)):
+        args = config(
+            str(tmp_path / trainer.__module__), loss_type=loss_type, per_device_train_batch_size=1, max_steps=3,
+            gradient_accumulation_steps=2, learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to="none",
+            disable_tqdm=True, use_cpu=True, bf16=False, train_sampling_strategy="sequential", eval_strategy="steps",
+            eval_steps=3, per_device_eval_batch_size=4,
+        )  # fmt: skip
+        rows = Dataset.from_list(PAIRS)
+        run = trainer(tiny_model(), args, train_dataset=rows, eval_dataset=rows, processing_class=make_tokenizer())
+        run.train()
+        logs.append(run.state.log_history[:4])
+    # Not "entropy": TRL's is the mean of the micro-batches' means.
+    names = ("loss", "grad_norm", "num_tokens", "eval_loss", "eval_entropy", "eval_mean_token_accuracy")
+    for theirs, ours in zip(*logs, strict=True):
+        for name in theirs.keys() & set(names):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-4), name
+    assert set(names) <= set().union(*logs[1])
 
 
 def test_every_argument_of_trl_is_there_with_its_default() -> None:
