@@ -30,9 +30,9 @@ _TITLES = {
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1c2430; --dim: #5b6675; --line: #dfe4ea; --card: #f6f8fa;
-  --accent: #0072b2; --good: #08784f; --bad: #b3400a; --warn: #fff4de; --warn-line: #e0a53a; }
+  --accent: #0072b2; --warn: #fff4de; --warn-line: #e0a53a; }
 @media (prefers-color-scheme: dark) { :root { --page: #14181d; --ink: #e4e8ee; --dim: #9aa5b4; --line: #2d343d;
-  --card: #1c2229; --accent: #56b4e9; --good: #35c48d; --bad: #f0834a; --warn: #332a17; --warn-line: #8a6a28; } }
+  --card: #1c2229; --accent: #56b4e9; --warn: #332a17; --warn-line: #8a6a28; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 72rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -45,7 +45,6 @@ a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: un
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .7rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
 .card b { display: block; font-size: 1.1rem; } .card span { color: var(--dim); font-size: .82rem; }
-.good { color: var(--good); } .bad { color: var(--bad); }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); gap: .7rem; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; padding: .4rem; }
 figure svg { width: 100%; height: auto; display: block; }

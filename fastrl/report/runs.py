@@ -23,15 +23,15 @@ from fastrl.run_files import (
 if TYPE_CHECKING:
     from fastrl.evaluation.evaluation import Evaluation
 
-# What a method is judged by: the first that a run has logged; True: more is better.
+# What a method is judged by: the first that a run has logged.
 _JUDGED_BY = (
-    ("reward", True),
-    ("objective/scores", True),
-    ("rewards/accuracies", True),
-    ("accuracy", True),
-    ("rewards/margins", True),
-    ("mean_token_accuracy", True),
-    ("loss", False),
+    "reward",
+    "objective/scores",
+    "rewards/accuracies",
+    "accuracy",
+    "rewards/margins",
+    "mean_token_accuracy",
+    "loss",
 )
 
 
@@ -98,9 +98,8 @@ class Run:
 
     def headline(self) -> list[Change]:
         """What the method is judged by, in training and in evaluations."""
-        known = [name for name, _ in _JUDGED_BY]
         bases = {split_prefix(name)[1] for name in self.metrics}
-        judged = next((name for name in known if name in bases), None)
+        judged = next((name for name in _JUDGED_BY if name in bases), None)
         names = [name for name in self.metrics if split_prefix(name)[1] == judged]
         if judged != "loss" and "loss" in self.metrics:
             names.append("loss")
