@@ -15,7 +15,7 @@ from transformers.utils import logging
 from fastrl.rollout import Completions, RolloutEngine, SamplingParams
 from fastrl.trainers.metrics import MetricStore, completion_metrics
 from fastrl.trainers.online_config import OnlineConfig
-from fastrl.trainers.prompts import Example, decode_completions, tokenize_prompts
+from fastrl.trainers.prompts import Example, completion_room, decode_completions, tokenize_prompts
 from fastrl.trainers.reward_runner import RewardRunner
 from fastrl.trainers.token_batch import TokenBatch, pad
 
@@ -178,15 +178,8 @@ class RolloutCollector:
 
     def _sampling(self, prompt_ids: list[list[int]]) -> SamplingParams:
         sampling = self.args.sampling_params(self.wants_logps)
-        if self.context_length is not None:
-            room = self.context_length - max(map(len, prompt_ids))
-            if room < sampling.max_tokens:
-                logger.warning_once(
-                    f"A prompt leaves {room} tokens of the model's context, fewer than max_completion_length "
-                    f"({sampling.max_tokens}): the completions of its batch are cut there."
-                )
-                sampling = replace(sampling, max_tokens=room)
-        return sampling
+        room = completion_room(prompt_ids, sampling.max_tokens, self.context_length)
+        return replace(sampling, max_tokens=room)
 
     def _count(
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], mode: str, state: TrainerState

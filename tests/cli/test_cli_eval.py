@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from fastrl.cli import main
 from fastrl.evaluation import sample_file
+from fastrl.trainers.sft import SFTTrainer
+from fastrl.trainers.sft_config import SFTConfig
 
 EVAL = ["eval", "--config", "eval.yaml"]
 SAMPLE = ["sample", "--config", "sample.yaml"]
@@ -189,7 +192,7 @@ def test_a_tokenizer_without_a_pad_token_and_a_reward_that_hangs(files, model_fo
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_the_best_of_n_become_training_data(files, suffix, capsys):
+def test_the_best_of_n_become_training_data(files, model_folder, suffix, capsys):
     assert main([*SAMPLE, "--best-of", "6", "--output_file", f"best{suffix}", "--keep_cut_off", "true"]) == 0
     prompts = lines(files / "best.samples.jsonl")[1:]
     rows = load_dataset("json" if suffix == ".jsonl" else "parquet", data_files=f"best{suffix}")["train"]
@@ -199,6 +202,14 @@ def test_the_best_of_n_become_training_data(files, suffix, capsys):
         assert row["prompt"] == prompt["prompt"] and row["reward"] == pytest.approx(max(totals))
         assert row["completion"] == prompt["samples"][totals.index(max(totals))]["completion"]
     assert "8 of 48 completions accepted, for 8 of 8 prompts" in capsys.readouterr().out
+
+    settings = {"max_steps": 1, "per_device_train_batch_size": 8, "logging_steps": 1, "learning_rate": 1e-2}
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+    trainer = SFTTrainer(str(model_folder), SFTConfig("sft", **settings, **quiet), train_dataset=rows)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    tokens = sum(len(text.split()) for row in rows for text in (row["prompt"], row["completion"]))
+    assert log["num_tokens"] >= tokens and log["loss"] == pytest.approx(math.log(34), rel=0.2)
 
 
 def test_what_is_accepted(files, capsys):
