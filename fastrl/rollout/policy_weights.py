@@ -14,6 +14,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from fastrl.integrations.transformers_models import innermost_causal_lm
 
+CRITIC = "fastrl_critic"  # a child that a trainer may add to a policy, and that is no part of it
+
 
 @torch.no_grad()
 def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -57,6 +59,8 @@ def _weights(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Te
             seen.add(id(parameter))
             yield prefix + name, _whole(parameter, prefix + name)
     for name, child in module.named_children():
+        if name == CRITIC:
+            continue
         yield from _weights(child, f"{prefix}{name}.", seen)
 
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from fastrl.integrations.transformers_models import innermost_causal_lm
 from fastrl.rollout.engine import Completions, SamplingParams, check_prompts
+from fastrl.rollout.policy_weights import CRITIC
 
 
 class TransformersEngine:
@@ -75,7 +76,10 @@ class TransformersEngine:
         """
         if self.shares_weights_with(model):
             return
-        own, new = (dict(innermost_causal_lm(m).named_parameters()) for m in (self.model, model))
+        own, new = (
+            {name: p for name, p in innermost_causal_lm(m).named_parameters() if not name.startswith(CRITIC)}
+            for m in (self.model, model)
+        )
         if own.keys() != new.keys():
             raise ValueError(
                 f"model: expected the parameters of the engine's copy; {sorted(own.keys() ^ new.keys())[:3]}"

@@ -124,10 +124,7 @@ class GRPOConfig(OnlineConfig):
 
     def correction(self) -> RolloutCorrection | None:
         """The correction for an engine that is not the trained model; None: off."""
-        if not self.vllm_importance_sampling_correction or self.old_logps_from_engine:
-            return None
-        bounds = (self.vllm_importance_sampling_clip_max, self.vllm_importance_sampling_clip_min)
-        return RolloutCorrection.trl(self.vllm_importance_sampling_mode, *bounds)
+        return None if self.old_logps_from_engine else super().correction()
 
     def _check_values(self) -> None:
         super()._check_values()

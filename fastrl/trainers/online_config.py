@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from fastrl.objectives import RolloutCorrection
 from fastrl.rollout import SamplingParams, check_engine_args, engine_kwargs
 
 # Arguments of TRL's whose every other value than this, the default, is refused, and why.
@@ -215,6 +216,13 @@ class OnlineConfig(TrainingArguments):
             logps=logps,
             engine_kwargs=engine_kwargs(self),
         )
+
+    def correction(self) -> RolloutCorrection | None:
+        """The correction for an engine that is not the trained model; None: off."""
+        if not self.vllm_importance_sampling_correction:
+            return None
+        bounds = (self.vllm_importance_sampling_clip_max, self.vllm_importance_sampling_clip_min)
+        return RolloutCorrection.trl(self.vllm_importance_sampling_mode, *bounds)
 
     def _refuse_unsupported(self) -> None:
         if self.pad_to_multiple_of is None:

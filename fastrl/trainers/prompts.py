@@ -77,6 +77,32 @@ def is_conversation(example: Example, name: str) -> bool:
     )
 
 
+def with_prompts(rows: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
+    """A dataset of token ids ("input_ids") as one of prompts: the texts that the tokenizer makes those ids of.
+
+    Any other dataset is returned as it is.
+
+    Raises:
+        ValueError: ids that their own text does not give back; the message names the row.
+    """
+    columns = getattr(rows, "column_names", None) or ()
+    if "input_ids" not in columns or "prompt" in columns:
+        return rows
+
+    def texts(batch: Mapping[str, Any], positions: Sequence[int]) -> dict[str, list[str]]:
+        prompts = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+        again = tokenizer(text=prompts)["input_ids"]
+        for position, ids, new in zip(positions, batch["input_ids"], again, strict=True):
+            if list(ids) != list(new):
+                raise ValueError(
+                    f"{name}: the input_ids of row {position} are not those of their text ({list(ids)[:8]}..., "
+                    f"{list(new)[:8]}...): give a column 'prompt' with text, and no padding"
+                )
+        return {"prompt": prompts}
+
+    return rows.map(texts, batched=True, with_indices=True, remove_columns=list(columns))
+
+
 def tokenize_prompts(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,

@@ -31,6 +31,7 @@ class SamplingTrainer(PromptTrainer):
     Args:
         model: a path, a transformers causal LM, or one under PEFT.
         rewards: called by `collector.reward`; None: a method without rewards.
+        ref_model: a path or a model to be the reference, frozen; None: the model as it is given.
         peft_config: wraps the model in an adapter.
         rollout_engine: samples the completions; None: the one that `args` ask for (`fastrl.rollout.make_engine`).
         The rest: as in `transformers.Trainer`.
@@ -55,6 +56,7 @@ class SamplingTrainer(PromptTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         peft_config: Any = None,
         rollout_engine: RolloutEngine | None = None,
+        ref_model: str | nn.Module | None = None,
     ) -> None:
         self.args = args
         self.check_datasets(train_dataset, eval_dataset)
@@ -62,15 +64,20 @@ class SamplingTrainer(PromptTrainer):
         policy = model_setup.load_model(model, args.model_init_kwargs, args.trust_remote_code)
         tokenizer = model_setup.load_tokenizer(processing_class, policy, args.trust_remote_code)
         pad_token_id, eos_token_ids = model_setup.special_tokens(tokenizer, policy)
+        eos_token_ids = self.stop_token_ids(tokenizer, eos_token_ids)
         self.router_coef = router_loss_coef(policy, args.router_aux_loss_coef)
         if args.cast_lm_head_to_fp32:
             model_setup.cast_head_to_fp32(policy)
         if args.disable_dropout:
             model_setup.disable_dropout(policy)
         self.reference: nn.Module | None = None
+        if ref_model is not None and self.needs_reference:
+            init_kwargs = args.model_init_kwargs if isinstance(ref_model, str) else None
+            ref_model = model_setup.load_model(ref_model, init_kwargs, args.trust_remote_code)
+            self.reference = ref_model.eval().requires_grad_(False)
         if peft_config is not None:
             policy = model_setup.add_adapter(policy, peft_config)
-        elif self.needs_reference and not model_setup.is_peft_model(policy):
+        elif self.reference is None and self.needs_reference and not model_setup.is_peft_model(policy):
             self.reference = model_setup.frozen_copy(policy)
         policy = self.prepare_policy(policy)
         super().__init__(
@@ -132,6 +139,10 @@ class SamplingTrainer(PromptTrainer):
     def prepare_policy(self, policy: Any) -> Any:
         """The model that is trained, made of the one that was loaded (under its adapter)."""
         return policy
+
+    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: list[int]) -> list[int]:
+        """The tokens that end a completion, given those that tokenizer and model declare."""
+        return eos_token_ids
 
     @property
     def evaluating(self) -> bool:

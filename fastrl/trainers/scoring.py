@@ -6,6 +6,7 @@ LM head sees only the hidden states that score a completion's token."""
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,41 +23,74 @@ from fastrl_kernels import linear_logprobs
 
 @torch.no_grad()
 def completion_logps(
-    model: nn.Module, rollouts: TokenBatch, packer: Packer, *, temperature: float, backend: str | None = None
+    model: nn.Module,
+    rollouts: TokenBatch,
+    packer: Packer,
+    *,
+    temperature: float,
+    backend: str | None = None,
+    sequences: int | None = None,
 ) -> Tensor:
-    """Log-probabilities (B, T) of the completions' tokens, 0 where masked, fp32. Dropout is off.
+    """Log-probabilities (B, T) of the completions' tokens, 0 where masked, fp32; see `over_passes`."""
+    score = partial(pass_logps, temperature=temperature, backend=backend)
+    return over_passes(model, rollouts, packer, score, sequences)
 
-    Sequences without a token that counts are not run.
+
+@torch.no_grad()
+def over_passes(
+    model: nn.Module,
+    batch: TokenBatch,
+    packer: Packer,
+    function: Callable[[nn.Module, Pass[Any]], Tensor],
+    sequences: int | None = None,
+) -> Tensor:
+    """What `function(model, part)` gives for the tokens of each pass, (b, t, ...), as one (B, T, ...), fp32. Dropout is
+    off.
+
+    Sequences without a token that counts are not run, and are 0. So is every token if none is run: then (B, T).
+
+    Args:
+        sequences: at most so many in a pass; None: what `packer` says.
     """
-    logps = torch.zeros_like(rollouts.completion_ids, dtype=torch.float32)
-    rows = rollouts.mask.any(-1).nonzero().squeeze(-1)
+    shape = batch.completion_ids.shape
+    out: Tensor | None = None
+    rows = batch.mask.any(-1).nonzero().squeeze(-1)
     with _eval_mode(model):
-        for part in packer.passes(rollouts.select(rows)) if len(rows) else ():
-            scored = pass_logps(model, part, temperature=temperature, backend=backend)
-            logps[rows[part.sequences], : scored.shape[1]] = scored.to(logps.dtype)
-    return logps
+        for chunk in rows.split(sequences or max(len(rows), 1)):
+            for part in packer.passes(batch.select(chunk)) if len(chunk) else ():
+                scored = function(model, part).float()
+                out = scored.new_zeros(*shape, *scored.shape[2:]) if out is None else out
+                out[chunk[part.sequences], : scored.shape[1]] = scored
+    return torch.zeros(shape, device=batch.completion_ids.device) if out is None else out
 
 
 @torch.no_grad()
 def pass_logps(model: nn.Module, part: Pass[Any], *, temperature: float, backend: str | None = None) -> Tensor:
     """Log-probabilities (B, T) of the tokens of a pass, 0 where masked."""
-    batch = part.batch
 
     def score(hidden: Tensor, head: LMHead) -> Tensor:
-        return linear_logprobs(
-            part.select(hidden),
-            head.weight,
-            batch.completion_ids,
-            bias=head.bias,
-            temperature=temperature,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            mask=batch.mask,
-            backend=backend,
-        ).logps
+        return head_logps(part.select(hidden), head, part.batch, temperature=temperature, backend=backend)
 
     logps: Tensor = model(**part.inputs, fastrl_head=score)
     return logps
+
+
+def head_logps(
+    states: Tensor, head: LMHead, batch: TokenBatch, *, temperature: float, backend: str | None = None
+) -> Tensor:
+    """Log-probabilities (B, T) of the completions' tokens from the hidden states (B, T, D) that score them, 0 where
+    masked."""
+    return linear_logprobs(
+        states,
+        head.weight,
+        batch.completion_ids,
+        bias=head.bias,
+        temperature=temperature,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        mask=batch.mask,
+        backend=backend,
+    ).logps
 
 
 Run = Callable[[Pass[Any], Callable[[Tensor, LMHead], Any]], Any]
