@@ -102,7 +102,7 @@ class RolloutServer:
                     together.append(waiting.popleft())  # type: ignore[arg-type]
                 self._generate(together)
         except KeyboardInterrupt:
-            logger.info("stopped by Ctrl-C")
+            logger.info("stopped")
         finally:
             self._http.shutdown()
             self._http.server_close()
@@ -121,7 +121,8 @@ class RolloutServer:
         try:
             answer.set_result(work())
         except Exception as error:  # the caller's to see; the server goes on
-            logger.exception("a request failed")
+            theirs = isinstance(error, ValueError | TypeError)
+            logger.warning("a request failed: %s", error, exc_info=not theirs)
             answer.set_exception(error)
 
     def _load(self, job: _Update) -> int:

@@ -98,8 +98,9 @@ class VLLMEngine:
             return Completions([], [] if sampling.logps else None, [])
         # A request for each completion (greedy ones may not ask for more); their prompt is computed once all the same.
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids for _ in range(num_generations)]
-        params = [self._params(row, sampling) for row in range(len(prompts))]
-        rows = [output.outputs[0] for output in self.llm.generate(prompts, params, use_tqdm=False)]
+        with _refusals():
+            params = [self._params(row, sampling) for row in range(len(prompts))]
+            rows = [output.outputs[0] for output in self.llm.generate(prompts, params, use_tqdm=False)]
         logps = None
         if sampling.logps:
             logps = [[step[i].logprob for i, step in zip(r.token_ids, r.logprobs, strict=True)] for r in rows]
@@ -129,7 +130,7 @@ class VLLMEngine:
         try:
             return VLLMSamplingParams(**settings)
         except TypeError as error:
-            raise ValueError(f"generation_kwargs: {error}") from None
+            raise ValueError(f"engine_kwargs: {error}") from None
 
     def sync_weights(self, model: nn.Module) -> None:
         """Loads the weights of `model`, adapters merged."""
@@ -159,6 +160,16 @@ class VLLMEngine:
         """Ends vLLM's engine and frees its memory."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        yield
+    except VLLMValidationError as error:  # which is no ValueError in 0.32
+        raise ValueError(f"vLLM refuses: {error}") from None
 
 
 def _pack_tied_head(model: nn.Module) -> None:

