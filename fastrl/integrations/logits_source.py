@@ -11,6 +11,7 @@ import inspect
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -27,6 +28,7 @@ class LogitsRecipe:
     backbone: str  # attribute path of the module whose last hidden state feeds the head, "model" or "model.decoder"
     logit_scale: float = 1.0
     softcap: float | None = None
+    dropout: str | None = None  # attribute path of a dropout between the two
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class _Outputs:
 class _Hidden:
     backbone: str
     scale: float = 1.0
+    dropout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class _Logits:
     backbone: str
     scale: float = 1.0  # outside tanh if capped
     inner: float | None = None  # capped: value = scale * tanh(inner * z)
+    dropout: str | None = None
 
 
 class _Unknown:
@@ -61,15 +65,16 @@ _Value = _Known | _Outputs | _Hidden | _Logits | _Unknown
 _KEEPS = {"to", "float", "contiguous", "type_as"}  # tensor methods that change neither value nor meaning
 
 
-def read_logits_recipe(model: nn.Module, head: nn.Module) -> LogitsRecipe:
+def read_logits_recipe(model: nn.Module, head: nn.Module, *, pooled: bool = False) -> LogitsRecipe:
     """Evaluates `type(model).forward` symbolically up to its logits.
 
     Args:
-        model: a causal LM of transformers (not wrapped).
-        head: its output embedding, as `model.get_output_embeddings()` returns it.
+        model: a causal LM of transformers, or a sequence or token classifier (not wrapped).
+        head: its output embedding, as `model.get_output_embeddings()` returns it, or its score layer.
+        pooled: the model may select one token's logits, as sequence classifiers do.
 
     Returns:
-        The backbone's attribute path, the logit scale and the soft cap.
+        The backbone's attribute path, the logit scale, the soft cap and the dropout.
 
     Raises:
         UnsupportedHeadError: the source cannot be read, or holds something else than scaling and a tanh cap.
@@ -85,16 +90,16 @@ def read_logits_recipe(model: nn.Module, head: nn.Module) -> LogitsRecipe:
         ) from error
     if not isinstance(function, ast.FunctionDef):
         raise UnsupportedHeadError(f"{cls.__name__}.forward is not a plain function")
-    logits = _Interpreter(model, head).run(function)
+    logits = _Interpreter(model, head, pooled).run(function)
     if logits.inner is None:
-        return LogitsRecipe(logits.backbone, logits.scale)
-    return LogitsRecipe(logits.backbone, logits.inner * logits.scale, logits.scale)
+        return LogitsRecipe(logits.backbone, logits.scale, dropout=logits.dropout)
+    return LogitsRecipe(logits.backbone, logits.inner * logits.scale, logits.scale, logits.dropout)
 
 
 class _Interpreter:
-    def __init__(self, model: nn.Module, head: nn.Module) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module, pooled: bool) -> None:
         self.name = type(model).__name__
-        self.model, self.head = model, head
+        self.model, self.head, self.pooled = model, head, pooled
         self.env: dict[str, _Value] = {"self": _Known(model), "labels": _Known(None)}
         self.logits: _Logits | None = None
 
@@ -169,11 +174,19 @@ class _Interpreter:
         self.env.update(dict.fromkeys(stored - tracked, _UNKNOWN))
 
     def callee(self, node: ast.Call) -> Any:
-        func = node.func
+        path = self.path(node.func)
+        return None if path is None else attrgetter(path)(self.model)
+
+    def path(self, func: ast.expr) -> str | None:
+        """Attribute path, from the model, of what is called: `self.a.b`, or `getattr(self, name)`."""
+        if isinstance(func, ast.Call) and ast.unparse(func.func) == "getattr" and len(func.args) == 2:
+            base, name = (self.value(arg) for arg in func.args)
+            known = isinstance(base, _Known) and base.value is self.model and isinstance(name, _Known)
+            return str(name.value) if known else None  # type: ignore[union-attr]
         if isinstance(func, ast.Attribute):
             base = self.value(func.value)
-            if isinstance(base, _Known):
-                return getattr(base.value, func.attr, None)
+            if isinstance(base, _Known) and hasattr(base.value, func.attr) and ast.unparse(func).startswith("self."):
+                return ast.unparse(func).removeprefix("self.")
         return None
 
     def truth(self, test: ast.expr) -> bool | None:
@@ -219,9 +232,9 @@ class _Interpreter:
             base = self.value(node.value)
             if isinstance(base, _Outputs) and isinstance(node.slice, ast.Constant) and node.slice.value == 0:
                 return _Hidden(base.backbone)
-            if isinstance(base, _Logits):
+            if isinstance(base, _Logits) and not self.pooled:
                 raise self.refuse(node, "selects a part of the logits")
-            return base if isinstance(base, _Hidden) else _UNKNOWN  # hidden[:, slice_indices, :]
+            return base if isinstance(base, _Hidden | _Logits) else _UNKNOWN  # hidden[:, slice_indices, :]
         if isinstance(node, ast.IfExp):
             truth = self.truth(node.test)
             if truth is not None:
@@ -261,9 +274,10 @@ class _Interpreter:
                 if node.func.attr in _KEEPS:
                     return base
                 raise self.refuse(node, "is not understood")
-            module = self.callee(node)
-            if isinstance(module, nn.Module):
-                return self.module(node, module, arguments)
+        path = self.path(node.func)
+        module = None if path is None else attrgetter(path)(self.model)
+        if isinstance(module, nn.Module):
+            return self.module(node, module, str(path), arguments)
         name = ast.unparse(node.func)
         if name == "slice_logits_to_keep" and tensors and isinstance(tensors[0], _Hidden):
             return tensors[0]
@@ -275,18 +289,21 @@ class _Interpreter:
             raise self.refuse(node, "is not understood")
         return _UNKNOWN
 
-    def module(self, node: ast.Call, module: nn.Module, arguments: list[_Value]) -> _Value:
+    def module(self, node: ast.Call, module: nn.Module, path: str, arguments: list[_Value]) -> _Value:
         if module is self.head:
             hidden = arguments[0] if len(arguments) == 1 else None
             if not isinstance(hidden, _Hidden):
                 raise self.refuse(node, "does not project the backbone's last hidden state")
             if hidden.scale != 1.0 and getattr(module, "bias", None) is not None:
                 raise self.refuse(node, "scales the hidden state before a head with a bias")
-            return _Logits(hidden.backbone, hidden.scale)
+            return _Logits(hidden.backbone, hidden.scale, dropout=hidden.dropout)
+        first = arguments[0] if len(arguments) == 1 else None
+        if type(module) is nn.Dropout and isinstance(first, _Hidden) and first.dropout is None:
+            return replace(first, dropout=path)
         if any(isinstance(arg, _Logits | _Hidden) for arg in arguments):
             raise self.refuse(node, "transforms the hidden state or the logits by a module of its own")
-        first = node.args[0] if node.args else None
-        takes_ids = isinstance(first, ast.Name) and first.id == "input_ids"
+        ids = node.args[0] if node.args else None
+        takes_ids = isinstance(ids, ast.Name) and ids.id == "input_ids"
         if takes_ids or any(word.arg == "input_ids" for word in node.keywords):
-            return _Outputs(ast.unparse(node.func).removeprefix("self."))
+            return _Outputs(path)
         return _UNKNOWN

@@ -1,4 +1,4 @@
-"""Scoring without logits on any transformers causal LM.
+"""Scoring without logits on any transformers causal LM, and on sequence and token classifiers with a causal backbone.
 
 `patch_model` lets `model(..., fastrl_head=f)` run the backbone and hand its last hidden state, with the LM head, to
 `f`. The logits are never built. The head is read while its own module runs, so that whatever gathers a sharded weight
@@ -74,6 +74,9 @@ class ModelPatch:
 def patch_model(model: nn.Module, *, logit_scale: float | None = None, softcap: float | None = None) -> ModelPatch:
     """Lets a causal LM be scored without logits: `model(input_ids=..., fastrl_head=f)` returns `f(hidden, head)`.
 
+    So does a sequence or token classifier, whose score layer takes the LM head's place: `f` sees every token's hidden
+    state, behind the model's dropout if it has one, and which of them counts is its own affair.
+
     `f` gets `hidden` [B, S, D], the backbone's last hidden state, and an `LMHead`, with a mixture of experts also its
     router's logits if `output_router_logits=True` is passed. What it returns goes through the wrappers around the model
     unchanged (return tensors, tuples or dicts of tensors, so that DDP and FSDP see the graph). Without `fastrl_head`
@@ -84,7 +87,7 @@ def patch_model(model: nn.Module, *, logit_scale: float | None = None, softcap: 
     weight) or in PEFT's `modules_to_save`. Under autocast, hidden states and head are cast as `F.linear` would.
 
     Args:
-        model: a transformers causal LM, wrapped or not.
+        model: a transformers causal LM or classifier, wrapped or not.
         logit_scale, softcap: state what the model does to its logits, instead of reading it from the source of its
             forward (needed only for a model whose source cannot be read or understood). The backbone is then
             `model.base_model`.
@@ -93,8 +96,8 @@ def patch_model(model: nn.Module, *, logit_scale: float | None = None, softcap: 
         A `ModelPatch`; `remove()` it, or use it in a `with` statement.
 
     Raises:
-        UnsupportedHeadError: (a ValueError) the model has no output embedding, or treats its logits in a way that is
-            neither a scale nor a tanh soft cap.
+        UnsupportedHeadError: (a ValueError) the model has no output embedding or score layer, treats its logits in a
+            way that is neither a scale nor a tanh soft cap, or is a classifier whose tokens see what comes after them.
 
     Equivalent eager code: `model(input_ids=...).logits` and then whatever `f` computes from them.
     """
@@ -103,10 +106,12 @@ def patch_model(model: nn.Module, *, logit_scale: float | None = None, softcap: 
     if state is not None:
         state["users"] += 1
         return ModelPatch(causal_lm, state["recipe"])
-    head = causal_lm.get_output_embeddings()  # type: ignore[operator]
-    if not isinstance(head, nn.Module):
-        raise UnsupportedHeadError(f"{type(causal_lm).__name__} has no output embedding (lm_head)")
-    if logit_scale is None and softcap is None:
+    head = head_of(causal_lm)
+    if is_classifier(causal_lm):
+        if logit_scale is not None or softcap is not None:
+            raise ValueError("logit_scale, softcap: not for a classifier, whose scores have neither")
+        recipe = _score_recipe(causal_lm, head)
+    elif logit_scale is None and softcap is None:
         recipe = read_logits_recipe(causal_lm, head)
     else:
         prefix = getattr(causal_lm, "base_model_prefix", "")
@@ -120,8 +125,41 @@ def patch_model(model: nn.Module, *, logit_scale: float | None = None, softcap: 
     return ModelPatch(causal_lm, recipe)
 
 
+def head_of(model: nn.Module) -> nn.Module:
+    """The output embedding of a causal LM, or the score layer of a sequence or token classifier (neither wrapped).
+
+    Raises:
+        UnsupportedHeadError: it has neither.
+    """
+    embedding = model.get_output_embeddings()  # type: ignore[operator]
+    for head in (embedding, getattr(model, "score", None), getattr(model, "classifier", None)):
+        if isinstance(head, nn.Module):
+            return head
+    raise UnsupportedHeadError(f"{type(model).__name__} has no output embedding (lm_head) and no score layer")
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether it has a score layer instead of an output embedding (not wrapped)."""
+    return not isinstance(model.get_output_embeddings(), nn.Module)  # type: ignore[operator]
+
+
+def _score_recipe(model: nn.Module, head: nn.Module) -> LogitsRecipe:
+    name = type(model).__name__
+    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    if not causal or not all(causal):
+        raise UnsupportedHeadError(
+            f"{name}: only classifiers with causal attention are supported, and its attention modules "
+            f"{'are not' if causal else 'do not say that they are'}"
+        )
+    recipe = read_logits_recipe(model, head, pooled=True)
+    if recipe.logit_scale != 1.0 or recipe.softcap is not None:
+        raise UnsupportedHeadError(f"{name} scales or caps its scores: expected those of a linear layer as they are")
+    return recipe
+
+
 def innermost_causal_lm(model: nn.Module) -> nn.Module:
-    """The model that owns the lm_head, inside torch.compile, DDP, FSDP1, DeepSpeed and PEFT wrappers."""
+    """The model that owns the lm_head, or of a classifier the score layer, inside torch.compile, DDP, FSDP1, DeepSpeed
+    and PEFT wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
@@ -150,7 +188,8 @@ def _forward_with_head(cls: type[nn.Module], original: Callable[..., Any] | None
         kwargs["use_cache"] = False
         outputs = attrgetter(recipe.backbone)(self)(*args, **kwargs)
         hidden = outputs[0] if isinstance(outputs, tuple) else outputs.last_hidden_state
-        embedding = self.get_output_embeddings()  # type: ignore[operator]
+        if recipe.dropout is not None:
+            hidden = attrgetter(recipe.dropout)(self)(hidden)
         router_logits = None
         if kwargs.get("output_router_logits"):
             router_logits = getattr(outputs, "router_logits", None)
@@ -161,7 +200,7 @@ def _forward_with_head(cls: type[nn.Module], original: Callable[..., Any] | None
             states, head = _read_head(module, x, recipe)
             return fastrl_head(states, head._replace(router_logits=router_logits))
 
-        return _run_inside(embedding, hidden, call)
+        return _run_inside(head_of(self), hidden, call)
 
     return forward
 

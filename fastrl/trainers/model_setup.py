@@ -13,14 +13,19 @@ from transformers.utils import is_peft_available, logging
 logger = logging.get_logger(__name__)
 
 
-def load_model(model: str | nn.Module, model_init_kwargs: dict[str, Any] | None, trust_remote_code: bool) -> Any:
-    """The model itself, or the one `AutoModelForCausalLM` finds at a path or hub id.
+def load_model(
+    model: str | nn.Module,
+    model_init_kwargs: dict[str, Any] | None,
+    trust_remote_code: bool,
+    auto_class: Any = AutoModelForCausalLM,
+) -> Any:
+    """The model itself, or the one `auto_class` finds at a path or hub id.
 
     Raises:
         TypeError: neither a path nor a transformers or PEFT model.
     """
     if isinstance(model, str):
-        return AutoModelForCausalLM.from_pretrained(
+        return auto_class.from_pretrained(
             model, **{"trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
         )
     if not isinstance(model, PreTrainedModel) and not is_peft_model(model):
@@ -60,17 +65,16 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> tupl
     A tokenizer without a pad token gets its end-of-sequence token, as in TRL, or its token 0: padding is masked, so
     any id will do. The model's configs are told, so that a saved model agrees with its tokenizer.
     """
-    declared: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    own = tokenizer.eos_token_id
+    declared, own = _declared_eos(model), tokenizer.eos_token_id
     eos_token_ids = ([] if own is None or own in declared else [own]) + declared
-    if not eos_token_ids:
+    if not eos_token_ids and _generation_config(model) is not None:
         logger.warning("Neither the tokenizer nor the model has an end-of-sequence token: every completion is cut off.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     pad_token_id = int(tokenizer.pad_token_id)
     model.config.get_text_config().pad_token_id = pad_token_id  # type: ignore[union-attr, operator]
-    model.generation_config.pad_token_id = pad_token_id  # type: ignore[union-attr]
+    if _generation_config(model) is not None:
+        _generation_config(model).pad_token_id = pad_token_id
     return pad_token_id, eos_token_ids
 
 
@@ -83,12 +87,20 @@ def set_eos_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module, token: s
     if token not in tokenizer.get_vocab():
         raise ValueError(f"eos_token: {token!r} is not in the vocabulary of the {type(tokenizer).__name__}")
     tokenizer.eos_token = token
-    configs: Any = model
-    declared = configs.generation_config.eos_token_id
-    others = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    ends: list[Any] = [tokenizer.eos_token_id, *others]
-    configs.config.get_text_config().eos_token_id = tokenizer.eos_token_id
-    configs.generation_config.eos_token_id = list(dict.fromkeys(ends))
+    ends: list[Any] = [tokenizer.eos_token_id, *_declared_eos(model)]
+    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id  # type: ignore[union-attr, operator]
+    if _generation_config(model) is not None:
+        _generation_config(model).eos_token_id = list(dict.fromkeys(ends))
+
+
+def _generation_config(model: Any) -> Any:
+    """None for a classifier."""
+    return getattr(model, "generation_config", None)
+
+
+def _declared_eos(model: nn.Module) -> list[int]:
+    declared = getattr(_generation_config(model), "eos_token_id", None)
+    return [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
@@ -100,6 +112,25 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
     if token not in tokenizer.get_vocab():
         raise ValueError(f"pad_token: {token!r} is not in the vocabulary of the tokenizer")
     tokenizer.pad_token = token
+
+
+def use_named_tokens(tokenizer: PreTrainedTokenizerBase, model: nn.Module, args: Any, has_adapter: bool) -> None:
+    """The end-of-sequence token, the pad token and the chat template that a trainer's arguments name.
+
+    Raises:
+        ValueError: a token that is not in the vocabulary; tokens of a template that an adapter would not train.
+    """
+    if args.eos_token is not None:
+        set_eos_token(tokenizer, model, args.eos_token)
+    if args.pad_token is not None:
+        set_pad_token(tokenizer, args.pad_token)
+    if args.chat_template_path is not None:
+        added = use_chat_template(tokenizer, model, args.chat_template_path)
+        if added and has_adapter:
+            raise ValueError(
+                f"chat_template_path: its tokenizer adds {len(added)} tokens, whose embeddings an adapter would not "
+                "train; add them to the model before, and train them with modules_to_save"
+            )
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, model: nn.Module, path: str) -> list[int]:

@@ -20,7 +20,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastrl.integrations.transformers_models import innermost_causal_lm
+from fastrl.integrations.transformers_models import head_of, innermost_causal_lm
 from fastrl.trainers.token_batch import TokenBatch
 
 Batch = TypeVar("Batch", bound=TokenBatch)
@@ -51,6 +51,11 @@ class Pass(Generic[Batch]):
         if self.places is None:
             return hidden[:, -self.batch.completion_ids.shape[1] :]
         return hidden.flatten(0, 1)[self.places]
+
+    def select_counted(self, hidden: Tensor) -> Tensor:
+        """(n, D): of the hidden states (R, S, D) those that score the tokens which the loss counts, in their order."""
+        mask = self.batch.mask
+        return self.select(hidden)[mask] if self.places is None else hidden.flatten(0, 1)[self.places[mask]]
 
 
 @dataclass
@@ -83,7 +88,7 @@ class Packer:
         *,
         one_pass: bool = False,
     ) -> Packer:
-        """The layout for a causal LM, wrapped or not.
+        """The layout for a causal LM or a classifier, wrapped or not.
 
         Args:
             model: the policy; its reference and its copies have the same layout.
@@ -109,7 +114,7 @@ class Packer:
             sharing = PromptSharing(0, "share_prompts is False")
         causal_lm: Any = innermost_causal_lm(model)
         config = causal_lm.config.get_text_config()
-        ends = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+        ends = (causal_lm.get_input_embeddings(), head_of(causal_lm))
         vocabulary = {id(p) for module in ends for p in module.parameters()}
         weights = [p for p in causal_lm.parameters() if p.ndim > 1 and id(p) not in vocabulary]
         return cls(

@@ -102,17 +102,8 @@ class SFTTrainer(OfflineTrainer):
 
     def set_up(self, policy: Any, args: SFTConfig, peft_config: Any) -> Any:
         """Template and special tokens that the arguments name."""
-        if args.eos_token is not None:
-            model_setup.set_eos_token(self.tokenizer, policy, args.eos_token)
-        if args.pad_token is not None:
-            model_setup.set_pad_token(self.tokenizer, args.pad_token)
-        if args.chat_template_path is not None:
-            added = model_setup.use_chat_template(self.tokenizer, policy, args.chat_template_path)
-            if added and (peft_config is not None or model_setup.is_peft_model(policy)):
-                raise ValueError(
-                    f"chat_template_path: its tokenizer adds {len(added)} tokens, whose embeddings an adapter would "
-                    "not train; add them to the model before, and train them with modules_to_save"
-                )
+        has_adapter = peft_config is not None or model_setup.is_peft_model(policy)
+        model_setup.use_named_tokens(self.tokenizer, policy, args, has_adapter)
         return policy
 
     # Data ------------------------------------------------------------------------------------------------------------
