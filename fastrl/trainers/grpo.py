@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastrl.objectives import AdaptiveEntropy, PolicyObjective, combine_rewards, compute_advantages, rollout_correction
-from fastrl.rewards import with_reward_models
 from fastrl.rollout import RolloutEngine
 from fastrl.trainers import model_setup
 from fastrl.trainers.dynamic_sampling import GroupRefill
@@ -19,7 +18,7 @@ from fastrl.trainers.micro_batches import MicroBatch, live_fractions, live_seque
 from fastrl.trainers.online import OnlineTrainer
 from fastrl.trainers.packing import Pass
 from fastrl.trainers.reference_sync import ReferenceSync
-from fastrl.trainers.reward_runner import RewardFunction, RewardRunner
+from fastrl.trainers.reward_runner import RewardFunction, reward_runner
 from fastrl.trainers.rollout_collector import Samples
 from fastrl.trainers.rollouts import Rollouts
 from fastrl.trainers.scoring import ReferenceHead, policy_loss, policy_metrics, reference_head
@@ -107,19 +106,7 @@ class GRPOTrainer(OnlineTrainer):
                 raise ValueError(f"{name}: not supported, expected None: {reason}")
         self.objective: PolicyObjective = args.objective()
         self.correction = args.correction()
-        self.rewards = RewardRunner(
-            with_reward_models(
-                reward_funcs,
-                reward_processing_classes,
-                device=args.device,
-                chat_template_kwargs=args.chat_template_kwargs,
-                trust_remote_code=args.trust_remote_code,
-            ),
-            args.reward_weights,
-            timeout=args.reward_timeout,
-            workers=args.reward_workers,
-            max_failed_batches=args.max_failed_reward_batches,
-        )
+        self.rewards = reward_runner(reward_funcs, reward_processing_classes, args)
         super().__init__(
             model,
             self.rewards,

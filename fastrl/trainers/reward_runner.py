@@ -11,13 +11,17 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from fastrl.rewards.calls import CallRunner, CallTimeoutError
+from fastrl.rewards.model import with_reward_models
+
+if TYPE_CHECKING:
+    from fastrl.trainers.online_config import OnlineConfig
 
 logger = logging.get_logger(__name__)
 
@@ -158,6 +162,25 @@ class RewardRunner:
                 f"{_raised(self.names[i], failures[0])}, and so for every completion of {self._failed_batches[i]} "
                 "batches in a row"
             ) from failures[0]
+
+
+def reward_runner(functions: Any, processing_classes: Any, args: OnlineConfig) -> RewardRunner:
+    """The reward functions and models of a trainer with the limits and weights of its arguments; see
+    `fastrl.rewards.with_reward_models`."""
+    functions = with_reward_models(
+        functions,
+        processing_classes,
+        device=args.device,
+        chat_template_kwargs=args.chat_template_kwargs,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return RewardRunner(
+        functions,
+        args.reward_weights,
+        timeout=args.reward_timeout,
+        workers=args.reward_workers,
+        max_failed_batches=args.max_failed_reward_batches,
+    )
 
 
 @dataclass
