@@ -2,6 +2,8 @@
 reference."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,25 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     if is_peft_model(model):
         raise ValueError("peft_config: the model already has a PEFT adapter; merge it first, or leave peft_config out")
     return get_peft_model(model, peft_config)
+
+
+def check_adapters(model: nn.Module, **names: str | None) -> None:
+    """Raises ValueError unless each argument is None or names an adapter of the model."""
+    adapters: Any = model.peft_config if is_peft_model(model) else {}
+    for argument, name in names.items():
+        if name not in (None, *adapters):
+            known = ", ".join(adapters) or "it has none"
+            raise ValueError(f"{argument}: expected None or an adapter of the model ({known}), got {name!r}")
+
+
+@contextmanager
+def active_adapter(model: Any, name: str, otherwise: str) -> Iterator[nn.Module]:
+    """The model under one of its PEFT adapters, and afterwards under another."""
+    model.set_adapter(name)
+    try:
+        yield model
+    finally:
+        model.set_adapter(otherwise)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
