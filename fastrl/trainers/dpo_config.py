@@ -57,7 +57,7 @@ class DPOConfig(OfflineConfig):
     )
 
     # Loss
-    loss_type: Any = field(
+    loss_type: list[str] | str = field(
         default_factory=lambda: ["sigmoid"],
         metadata={"help": "One or several of " + ", ".join(LOSS_TYPES) + ", or one of " + ", ".join(_OTHERS) + "."},
     )
@@ -156,7 +156,7 @@ class KTOConfig(DPOConfig):
     belongs to the row, wherever it comes.
     """
 
-    loss_type: Any = field(default="kto", metadata={"help": "'kto' or 'apo_zero_unpaired'."})
+    loss_type: str = field(default="kto", metadata={"help": "'kto' or 'apo_zero_unpaired'."})
     train_sampling_strategy: str = field(default="sequential", metadata={"help": "'sequential' or 'random'."})
 
     def __post_init__(self) -> None:
