@@ -74,12 +74,13 @@ class MetricSums:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sums: dict[str, Tensor] = {}  # name -> (sum, count), fp64
+        self.weight = 1.0  # of what is added
 
     def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
         """Adds a (sum, count) to each metric."""
         for name, pair in metrics.items():
             values = [torch.as_tensor(value, dtype=torch.float64, device=self._device).detach() for value in pair]
-            self._sums[name] = self._sums.get(name, 0.0) + torch.stack(values)
+            self._sums[name] = self._sums.get(name, 0.0) + torch.stack(values) * self.weight
 
     def take(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The quotients since the last call, NaN where there was nothing to count; `total` sums over processes."""
@@ -87,6 +88,30 @@ class MetricSums:
         totals = total(torch.stack([self._sums[name] for name in names])).tolist() if names else []
         self._sums = {}
         return {name: s / count if count else math.nan for name, (s, count) in zip(names, totals, strict=True)}
+
+
+class MetricRange:
+    """The least and the largest of the values over the passes of an optimizer step or an evaluation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._none = torch.full((2,), math.inf, dtype=torch.float64, device=device)
+        self._bounds = self._none  # the least value, and the least of their negatives
+
+    def add(self, values: Tensor) -> None:
+        """Takes values of any shape into account."""
+        values = values.detach().double().flatten()
+        if len(values):
+            self._bounds = torch.minimum(self._bounds, torch.stack([values.min(), (-values).min()]))
+
+    def take(self, gather: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        """(least, largest) since the last call, NaN where there was no value.
+
+        Args:
+            gather: concatenates the tensors of all processes.
+        """
+        least, negative = gather(self._bounds).view(-1, 2).amin(0).tolist()
+        self._bounds = self._none
+        return (math.nan, math.nan) if math.isinf(least) and least == negative else (least, -negative)
 
 
 def completion_metrics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:

@@ -24,7 +24,7 @@ from fastrl.trainers.offline_config import OfflineConfig
 from fastrl.trainers.packing import Packer, Pass
 from fastrl.trainers.progress import use_progress
 from fastrl.trainers.prompts import context_length_of
-from fastrl.trainers.row_batch import RowBatch, collate_rows, whole_row_passes, with_values
+from fastrl.trainers.row_batch import RowBatch, collate_rows, own_rows, whole_row_passes, with_values
 from fastrl.trainers.sampler import RepeatSampler
 
 
@@ -225,8 +225,7 @@ class OfflineTrainer(ResumableTrainer):
 
     def precomputed(self, rows: TokenRows, name: str, values: Callable[[Any], Tensor], batch_size: int) -> TokenRows:
         """The rows with a column of what `values` gives for each sequence: see `with_values`."""
-        collate: Any = self.data_collator
-        return with_values(rows, name, values, collate, batch_size, self.accelerator, quiet=self.args.disable_tqdm)
+        return with_values(self, rows, name, values, batch_size)
 
     # One optimizer step ----------------------------------------------------------------------------------------------
 
@@ -284,8 +283,7 @@ class OfflineTrainer(ResumableTrainer):
         return out.loss + self._router_loss * (self.router_coef * tokens / inputs.normalizers["tokens"])
 
     def _finish_step(self) -> None:
-        tokens = int(self._total(torch.tensor(self._tokens)))
-        self._tokens = 0
+        tokens, self._tokens = int(self._total(torch.tensor(self._tokens))), 0
         self.state.num_input_tokens_seen += tokens
         self.metrics.count_tokens(tokens)
         self.metrics.add("train", self._sums.take(self._total))
@@ -316,21 +314,23 @@ class OfflineTrainer(ResumableTrainer):
         self, dataloader: DataLoader, description: str, *, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
         """Adds the metrics, and a loss that does not depend on how the set is cut into batches."""
-        training, self._sums = self._sums, MetricSums(self.args.device)
+        self._sums = MetricSums(self.args.device)
         output: Any = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = self._sums.take(self._total)
-        metrics["num_tokens"] = float(self.state.num_input_tokens_seen)
+        metrics = self._sums.take(self._total) | {"num_tokens": float(self.state.num_input_tokens_seen)}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        self._sums = training
+        self._sums = MetricSums(self.args.device)
         return output
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, None, None]:
         """Adds the loss and the metrics of a batch; there are no predictions."""
-        counts = {name: count or 1.0 for name, count in self._counts(inputs).items()} | self.step_values([inputs])
+        own: Any = own_rows(inputs, self.accelerator, self.args.eval_batch_size)
+        self._sums.weight = float(len(own) > 0)  # a process without rows of its own tells the same metrics as others
+        batch = own if len(own) else inputs
+        counts = {name: count or 1.0 for name, count in self._counts(batch).items()} | self.step_values([batch])
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = [self.compute_loss(model, _Work(part, counts)) for part in self.passes(inputs)]
+            losses = [self.compute_loss(model, _Work(part, counts)) for part in self.passes(batch)]
         weight = next(iter(counts.values()))
         self._sums.add({"loss": (torch.stack(losses).sum() * weight, weight)})
         return None, None, None

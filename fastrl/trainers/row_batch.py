@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import Trainer
 
 from fastrl.data.token_rows import TokenRow, TokenRows
 from fastrl.trainers.packing import Packer, Pass
@@ -52,6 +53,15 @@ def collate_rows(rows: Sequence[TokenRow], pad_token_id: int) -> RowBatch:
     return RowBatch(**row_tensors(rows, pad_token_id))
 
 
+def own_rows(batch: Rows, accelerator: Accelerator, batch_size: int) -> Rows:
+    """The batch without the rows that accelerate repeats at a dataset's end, for all processes to have equally many."""
+    end = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not end.end_of_dataloader or end.remainder <= 0:
+        return batch
+    kept = batch.row < end.remainder - accelerator.process_index * batch_size
+    return batch if bool(kept.all()) else batch.select(kept)
+
+
 def whole_row_passes(packer: Packer, batch: Rows) -> list[Pass[Rows]]:
     """The passes of a batch, none of which holds only a part of a row; rows that fit in the token budget share one."""
     lengths = batch.prompt_mask.sum(-1) + batch.completion_mask.sum(-1)
@@ -71,30 +81,21 @@ def whole_row_passes(packer: Packer, batch: Rows) -> list[Pass[Rows]]:
 
 
 def with_values(
-    rows: TokenRows,
-    name: str,
-    values: Callable[[Rows], Tensor],
-    collate: Callable[[Sequence[TokenRow]], Rows],
-    batch_size: int,
-    accelerator: Accelerator,
-    *,
-    quiet: bool,
+    trainer: Trainer, rows: TokenRows, name: str, values: Callable[[Any], Tensor], batch_size: int
 ) -> TokenRows:
     """The rows with a column `name`: what `values` gives for each sequence of a batch, (B,), in lists of K.
 
     For what would be the same in every epoch, such as reference log-probabilities. The processes share the work.
     """
-    rank, world = accelerator.process_index, accelerator.num_processes
+    args, accelerator, collate = trainer.args, trainer.accelerator, trainer.data_collator
+    rank, world = args.process_index, args.world_size
+    starts = range(rank * batch_size, len(rows), world * batch_size)
     found: list[tuple[int, list[float]]] = []
-    for start in tqdm(
-        range(rank * batch_size, len(rows), world * batch_size),
-        desc=f"{name} of {rows.name}",
-        disable=quiet or rank > 0,
-    ):
+    for start in tqdm(starts, desc=f"{name} of {rows.name}", disable=args.disable_tqdm or rank > 0):
         places = range(start, min(start + batch_size, len(rows)))
-        batch = collate([rows[place] for place in places]).to(accelerator.device)
+        batch: Any = collate([rows[place] for place in places])
         with torch.no_grad(), accelerator.autocast():
-            of_sequence = values(batch).tolist()
+            of_sequence = values(batch.to(args.device)).tolist()
         of_row: list[list[float]] = [[] for _ in places]
         for number, value in zip(batch.row.tolist(), of_sequence, strict=True):
             of_row[number].append(value)

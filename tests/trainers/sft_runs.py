@@ -13,6 +13,7 @@ TEXTS = [
     "a b c d", "e", "f g h i j k l m", "n o", "p q r s t u", "v w x y z 0 1 2", "5 6", "7 8 9", "a c e g i", "b d",
     "f h j l n p r t v x", "0 2 4",
 ]  # fmt: skip
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 1}
 FOREVER = {"max_steps": 12, "save_steps": 1}  # long enough to be killed in
 TIMES = ("tokens_per_second", "runtime", "per_second", "train_loss", "total_flos")
 

@@ -114,7 +114,7 @@ if __name__ == "__main__":
     dist.barrier()
     found["resumed"] = train("dapo", run / "dapo", batch=4, resume=True)
     found["shard"] = shard()  # type: ignore[assignment]
-    sft = sft_runs.train(run / "sft", max_steps=6, per_device_train_batch_size=2)
+    sft = sft_runs.train(run / "sft", max_steps=6, per_device_train_batch_size=2, **sft_runs.EVALUATING)
     found["sft"] = {"logs": sft_runs.history(sft)}
     if dist.get_rank() == 0:
         torch.save(found, run / "found.pt")
