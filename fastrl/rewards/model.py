@@ -10,19 +10,25 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from fastrl.data.formats import Encoder
 from fastrl.rewards.completions import Completion
 
 logger = logging.get_logger(__name__)
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
+# Of a model's config, true where the texts that it was trained on had the tokenizer's special tokens and an
+# end-of-sequence token: `fastrl.trainers.RewardTrainer` says so.
+COMPLETE_TEXTS = "fastrl_complete_texts"
+
 
 class RewardModel:
     """Scores completions after their prompts with a sequence classifier of one label, as TRL's trainers do.
 
-    Text is prompt + completion; a conversation is the tokenizer's chat template of both. No special tokens are added:
-    the template brings its own. The model decides which token its score is read at (in transformers, the last one that
-    is not `pad_token_id`).
+    Text is prompt + completion; a conversation is the tokenizer's chat template of both, which brings its own special
+    tokens. A text gets none, unless the model is of fastrl's `RewardTrainer`: then it gets those that it had in
+    training, and the end-of-sequence token where it has none. The model decides which token its score is read at (in
+    transformers, the last one that is not `pad_token_id`).
 
     Args:
         model: folder or hub name, loaded with `num_labels=1`, or the model itself.
@@ -71,6 +77,7 @@ class RewardModel:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        self.complete_texts = bool(getattr(loaded.config, COMPLETE_TEXTS, False))
         self.model = loaded if device is None else loaded.to(device)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -87,16 +94,20 @@ class RewardModel:
             completions: B of the same kind.
         """
         texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        return self.score(texts)
+        strings = all(isinstance(prompt, str) for prompt in prompts)
+        return self._score(texts, special_tokens=self.complete_texts and strings)
 
-    @torch.no_grad()
     def score(self, texts: Sequence[str]) -> list[float | None]:
         """The score of each text as it stands; see `__call__`."""
+        return self._score(texts, special_tokens=False)
+
+    @torch.no_grad()
+    def _score(self, texts: Sequence[str], special_tokens: bool) -> list[float | None]:
         from fastrl.trainers.prompts import context_length_of
 
         if not texts:
             return []
-        ids: list[list[int]] = self.tokenizer(text=list(texts), add_special_tokens=False)["input_ids"]
+        ids: list[list[int]] = self.tokenizer(text=list(texts), add_special_tokens=special_tokens)["input_ids"]
         limit = context_length_of(self.model.config)
         fitting = [i for i in range(len(ids)) if limit is None or len(ids[i]) <= limit]
         if len(fitting) < len(ids):
@@ -118,7 +129,8 @@ class RewardModel:
 
     def _text(self, prompt: Prompt, completion: Completion) -> str:
         if isinstance(prompt, str) and isinstance(completion, str):
-            return prompt + completion
+            text = prompt + completion
+            return Encoder(self.tokenizer).with_eos(text) if self.complete_texts else text
         if isinstance(prompt, str) or isinstance(completion, str):
             raise ValueError("reward model: a prompt and its completion are of one kind: strings, or conversations")
         messages: list[Any] = [*prompt, *completion]
