@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from fastrl.objectives import AdaptiveEntropy, PolicyObjective, combine_rewards, compute_advantages, rollout_correction
+from fastrl.objectives import AdaptiveEntropy, PolicyObjective, combine_rewards, compute_advantages
 from fastrl.rollout import RolloutEngine
 from fastrl.trainers import model_setup
 from fastrl.trainers.dynamic_sampling import GroupRefill
@@ -35,27 +35,33 @@ class GRPOTrainer(OnlineTrainer):
     Args:
         model: a path, a transformers causal LM, or one under PEFT.
         reward_funcs: one or several functions `f(prompts, completions, completion_ids, trainer_state, **columns)` that
-            return one number or None per completion; sync or async. See `RewardRunner`.
+            return one number or None per completion, sync or async (see `RewardRunner`); or reward models, by path or
+            as objects (see `fastrl.rewards.RewardModel`). `fastrl.rewards` has functions, DAPO's soft overlong
+            punishment among them.
         args: a `GRPOConfig`; None: its defaults.
         train_dataset, eval_dataset: rows with a "prompt" (a string or a conversation); other columns go to the reward
             functions. A dict of datasets evaluates on each.
         processing_class: the tokenizer; None: the one beside the model. Without a pad token it gets its eos token.
+        reward_processing_classes: tokenizers of the reward models.
         callbacks, optimizers: as in `transformers.Trainer`.
         peft_config: wraps the model in an adapter.
-        rollout_engine: samples the completions; None: `TransformersEngine` on the model itself.
+        rollout_engine: samples the completions; None: vLLM with `use_vllm`, else the model itself.
+        quantization_config, tools, rollout_func, environment_factory: refused.
 
     Departures from TRL:
-      - Sequences that carry no gradient (advantage 0, no KL, no entropy bonus) skip the model's forward and backward
-        (`skip_dead_sequences`). Gradients and optimizer state are those of the full computation, but the metric
-        `entropy` is a mean over the sequences that ran. `live_fraction` (of tokens) and `live_sequence_fraction` say
-        how many did. A `top_entropy_quantile` or `use_adaptive_entropy` needs every token, so nothing is skipped.
-      - dapo, grpo and dr_grpo are normalized over the very sequences of the optimizer step, so that any split into
-        micro-batches gives the same gradient. TRL averages micro-batch means for grpo with uneven last windows, and
-        for dapo takes the token count of the rollout, scaled, when a rollout spans several optimizer steps. bnpo is by
-        definition normalized per micro-batch, here as there: its gradient depends on the split.
+      - Sequences that carry no gradient (advantage 0, no KL, no entropy bonus, no experts) skip the model's forward and
+        backward (`skip_dead_sequences`). Gradients and optimizer state are those of the full computation, but the
+        metric `entropy` is a mean over the sequences that ran. `live_fraction` (of tokens), `live_sequence_fraction`:
+        how many did. `top_entropy_quantile`, `use_adaptive_entropy`, clip_cov and kl_cov need every token.
+      - The loss is normalized over the very sequences of the optimizer step, so that any split into micro-batches gives
+        the same gradient. TRL averages micro-batch means for grpo with uneven last windows, and for dapo takes the
+        token count of the rollout, scaled, when a rollout spans several optimizer steps. bnpo is by definition
+        normalized per micro-batch, here as there, and clip_cov and kl_cov choose their tokens per micro-batch.
       - The entropy bonus is the mean over the tokens of the optimizer step; TRL averages the micro-batches' means.
         With `top_entropy_quantile` < 1 both the ranking and the bonus are per micro-batch, as in TRL.
-      - Old and reference log-probabilities are scored with dropout off, as the completions were sampled.
+      - Old and reference log-probabilities are scored with dropout off, as the completions were sampled. With several
+        iterations over a rollout the old ones are those of its first optimizer step, if that takes the whole rollout.
+      - The auxiliary loss of experts is that of each pass, weighted by its completion tokens.
       - A group's prompt is encoded once where the model makes that exact (`share_prompts`), and a micro-batch goes
         through the model in passes of `tokens_per_pass`. With dropout a group then shares the prompt's masks.
       - Position ids are passed, so padding does not shift learned position embeddings.
@@ -63,7 +69,9 @@ class GRPOTrainer(OnlineTrainer):
       - The reference of a PEFT model is the model without its adapter, also where the adapter given was trained
         before; with `beta` > 0 and no PEFT it is a copy of the model given, so it works for models without a path.
       - The order of prompts is a function of seed and epoch; checkpoints are atomic and hold pending rollouts.
-      - A LoRA adapter on the lm_head works. Streamed datasets, reward models, tools, vLLM: not yet.
+      - `dynamic_sampling` (DAPO), `async_rollouts`, `old_logps_from_engine`, the exact KL (`kl_estimator="full"`),
+        further objectives and advantages, and a LoRA adapter on the lm_head are fastrl's. Streamed datasets and tools
+        are not supported.
 
     Departures from the paper (TRL's defaults share them): dapo aggregation instead of a mean per sequence, no KL term,
     and with `num_iterations` = 1 and a rollout per step the ratio is identically 1.
@@ -77,7 +85,11 @@ class GRPOTrainer(OnlineTrainer):
     def __init__(
         self,
         model: str | nn.Module,
-        reward_funcs: RewardFunction | str | PreTrainedModel | list[RewardFunction | str | PreTrainedModel],
+        reward_funcs: RewardFunction
+        | str
+        | PreTrainedModel
+        | list[RewardFunction | str | PreTrainedModel]
+        | None = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -183,9 +195,8 @@ class GRPOTrainer(OnlineTrainer):
         rollouts = dataclasses.replace(rollouts, old_logps=old_logps)
         if correction is None or sampling is None:
             return rollouts
-        corrected = rollout_correction(old_logps, sampling, correction, mask=rollouts.mask)
-        self.add_means(mode, corrected.metrics)
-        return dataclasses.replace(rollouts, importance_ratio=corrected.weights)
+        ratio = self.corrected(old_logps, sampling, correction, rollouts.mask, mode)
+        return dataclasses.replace(rollouts, importance_ratio=ratio)
 
     def _advantages(self, samples: Samples, per_func: Tensor) -> Tensor:
         args, group_ids = self.args, torch.arange(len(per_func), device=per_func.device) // samples.group

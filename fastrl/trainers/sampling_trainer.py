@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastrl.integrations import LMHead, patch_model, router_loss, router_loss_coef
+from fastrl.objectives import RolloutCorrection, rollout_correction
 from fastrl.rollout import RolloutEngine, TransformersEngine, make_engine
 from fastrl.trainers import model_setup
 from fastrl.trainers.completion_log import CompletionLog
@@ -42,6 +43,7 @@ class SamplingTrainer(PromptTrainer):
 
     needs_reference = False
     wants_sampling_logps = False
+    scored_together: int | None = None  # most sequences of a forward without gradient, besides `tokens_per_pass`
 
     def __init__(
         self,
@@ -73,8 +75,8 @@ class SamplingTrainer(PromptTrainer):
         self.reference: nn.Module | None = None
         if ref_model is not None and self.needs_reference:
             init_kwargs = args.model_init_kwargs if isinstance(ref_model, str) else None
-            ref_model = model_setup.load_model(ref_model, init_kwargs, args.trust_remote_code)
-            self.reference = ref_model.eval().requires_grad_(False)
+            reference: nn.Module = model_setup.load_model(ref_model, init_kwargs, args.trust_remote_code)
+            self.reference = reference.eval().requires_grad_(False)
         if peft_config is not None:
             policy = model_setup.add_adapter(policy, peft_config)
         elif self.reference is None and self.needs_reference and not model_setup.is_peft_model(policy):
@@ -167,8 +169,20 @@ class SamplingTrainer(PromptTrainer):
             return self._logps(reference, batch)
 
     def _logps(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        settings: dict[str, Any] = {"temperature": self.args.temperature, "backend": self.args.loss_backend}
-        return completion_logps(model, batch, self.packer, **settings)
+        return completion_logps(model, batch, self.packer, sequences=self.scored_together, **self.scoring)
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """How the LM head is read, wherever tokens are scored."""
+        return {"temperature": self.args.temperature, "backend": self.args.loss_backend}
+
+    def corrected(
+        self, logps: Tensor, sampling_logps: Tensor, correction: RolloutCorrection, mask: Tensor, mode: str
+    ) -> Tensor | None:
+        """The factor of the policy term that makes up for an engine other than the policy; its metrics are logged."""
+        out = rollout_correction(logps, sampling_logps, correction, mask=mask)
+        self.add_means(mode, out.metrics)
+        return out.weights
 
     def run(self, model: nn.Module, part: Pass[Any], function: Callable[[Tensor, LMHead], Any]) -> Any:
         """`function(hidden, head)` inside the model's forward over a pass; `part.select(hidden)` scores the tokens.
