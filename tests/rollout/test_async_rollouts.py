@@ -98,6 +98,19 @@ def test_an_update_goes_before_the_next_batch() -> None:
         assert [rollouts.get().version for _ in range(2)] == [0, 1]
 
 
+def test_generate_at_once_waits_for_the_batch_that_runs_and_disturbs_none() -> None:
+    engine = SlowEngine()
+    engine.gate.clear()
+    with AsyncRollouts(engine, MODEL, max_staleness=2) as rollouts:
+        rollouts.submit([[0]], 1, SAMPLING)
+        rollouts.submit([[1]], 1, SAMPLING)
+        assert engine.started.wait(10)
+        threading.Timer(0.1, engine.gate.set).start()
+        evaluated = rollouts.generate([[9]], 1, SamplingParams(max_tokens=4, seed=77))
+        assert evaluated.ids == [[0, 9]] and engine.seeds[:2] == [1, 77]  # before the batch that had not begun
+        assert [rollouts.get().completions.ids for _ in range(2)] == [[[0, 0]], [[0, 1]]]
+
+
 def test_errors_reach_the_caller_in_their_place() -> None:
     engine = SlowEngine()
     with AsyncRollouts(engine, MODEL, max_staleness=2) as rollouts:

@@ -47,7 +47,7 @@ TEMPERATURE = 0.8
 SAMPLING = SamplingParams(max_tokens=32, temperature=TEMPERATURE, logps=True, seed=11)
 FP32_MEAN, FP32_MAX = 5e-5, 3e-4
 BF16_MEAN, BF16_MAX = 0.16, 1.0
-EAGER = {"enforce_eager": True, "max_num_seqs": 32}
+EAGER = {"enforce_eager": True, "max_num_seqs": 32, "gpu_memory_utilization": 0.1}
 
 
 @pytest.fixture(autouse=True)
@@ -351,13 +351,13 @@ def plain(model: Any) -> Any:
     return merged
 
 
-def test_grpo_trains_on_rollouts_of_vllm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "async"])
+def test_grpo_trains_on_rollouts_of_vllm(tmp_path: Path, ahead: bool) -> None:
     from datasets import Dataset
 
     from fastrl.trainers import GRPOConfig, GRPOTrainer
 
     model = vllm_sized()
-    engine = VLLMEngine(model, eos_token_ids=[2], llm_kwargs=EAGER)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
     trainer = GRPOTrainer(
         model=model,
@@ -367,7 +367,7 @@ def test_grpo_trains_on_rollouts_of_vllm(tmp_path: Path) -> None:
             per_device_train_batch_size=8,
             num_generations=4,
             max_completion_length=8,
-            max_steps=3,
+            max_steps=4,
             learning_rate=1e-2,
             logging_steps=1,
             save_strategy="no",
@@ -375,13 +375,24 @@ def test_grpo_trains_on_rollouts_of_vllm(tmp_path: Path) -> None:
             disable_tqdm=True,
             use_cpu=True,
             bf16=False,
+            use_vllm=True,
+            vllm_gpu_memory_utilization=0.1,
+            async_rollouts=ahead,
         ),
         train_dataset=Dataset.from_dict({"prompt": ["a", "b c", "d e f", "g h i j", "k", "l m", "n o p", "q"]}),
         processing_class=make_tokenizer(),
-        rollout_engine=engine,
     )
+    assert isinstance(trainer.engine, VLLMEngine)
     trainer.train()
+    engine = trainer.engine
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.named_parameters())
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    differences = [entry["sampling/sampling_logp_difference/mean"] for entry in logs]
+    assert len(logs) == 4
+    if ahead:  # the last step's update is missing from what was sampled
+        assert max(differences) > 1e-3 and {entry["sampling/staleness"] for entry in logs} <= {0.0, 1.0}
+    else:
+        assert max(differences) < 1e-4
     engine.sync_weights(model)
     sampled = engine.generate([[6, 7]], 4, SamplingParams(max_tokens=8, logps=True))
     assert apart(model.eval(), [[6, 7]], sampled, 4, 1.0).max() < 1e-3
@@ -395,7 +406,7 @@ def test_grpo_trains_on_rollouts_of_vllm(tmp_path: Path) -> None:
 def server() -> Iterator[tuple[str, subprocess.Popen]]:
     """The command itself, in fp32."""
     command = [sys.executable, "-m", "fastrl.rollout.vllm_server", "--model", str(demo_model_path()), "--port", "0"]
-    command += ["--dtype", "float32", "--max-model-length", "256", "--gpu-memory-utilization", "0.3"]
+    command += ["--dtype", "float32", "--max-model-length", "256", "--gpu-memory-utilization", "0.1"]
     command += ["--llm-kwargs", '{"enforce_eager": true, "max_num_seqs": 32}']
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
