@@ -123,7 +123,7 @@ class GRPOConfig(OnlineConfig):
         return PolicyObjective(**settings)
 
     def correction(self) -> RolloutCorrection | None:
-        """The correction for an engine that is not the trained model; None: off."""
+        """See `OnlineConfig.correction`; where the old log-probabilities are the engine's, nothing is corrected."""
         return None if self.old_logps_from_engine else super().correction()
 
     def _check_values(self) -> None:
