@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import inspect
 import threading
 import time
@@ -112,12 +113,12 @@ class CallRunner:
             if device is not None:
                 torch.cuda.set_device(device)
             with torch.set_grad_enabled(grad_enabled):
-                outcome = _outcome(call)
+                outcome = _outcome(call, BaseException)  # KeyboardInterrupt, too, is for the thread that waits
                 if inspect.isawaitable(outcome):
                     awaited = self._submit(outcome)
                     future.add_done_callback(lambda done: awaited.cancel() if done.cancelled() else None)
-                    outcome = _outcome(awaited.result)
-            if not future.cancelled():
+                    outcome = _outcome(awaited.result, BaseException)
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # its time ran out
                 future.set_result(outcome)
 
         threading.Thread(target=work, name="fastrl-reward", daemon=True).start()
@@ -129,7 +130,12 @@ class CallRunner:
             threading.Thread(target=self._loop.run_forever, name="fastrl-reward-loop", daemon=True).start()
 
         async def wait() -> Any:
-            return await awaitable
+            try:
+                return await awaitable
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # returned: SystemExit, say, would end the loop before anyone heard of it
+                return error
 
         return asyncio.run_coroutine_threadsafe(wait(), self._loop)
 
@@ -143,8 +149,8 @@ class CallRunner:
             self._loop = None
 
 
-def _outcome(call: Call) -> Any:
+def _outcome(call: Call, caught: type[BaseException] = Exception) -> Any:
     try:
         return call()
-    except BaseException as error:  # given to the caller, who raises what is no Exception
+    except caught as error:
         return error

@@ -300,8 +300,16 @@ def test_an_interrupt_is_not_an_exception_of_a_function(limits: dict[str, Any]) 
     def interrupted(completions: list[str]) -> list[float]:
         raise KeyboardInterrupt
 
+    after = []
     with pytest.raises(KeyboardInterrupt):
-        RewardRunner(interrupted, **limits)(**CALL)
+        RewardRunner([interrupted, lambda completions: after.append(1) or [1.0, 1.0]], **limits)(**CALL)
+    assert limits or not after  # in turn, nothing more is called
+
+    async def leaves(completions: list[str]) -> list[float]:
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        RewardRunner(leaves, **limits)(**CALL)
 
 
 def test_a_call_that_hangs_does_not_hold_up_the_end_of_the_process() -> None:
