@@ -1,4 +1,4 @@
-"""The command `fastrl`: one subcommand per file of this folder, each with its own arguments."""
+"""The command `fastrl`: a file of this folder per subcommand, and `train` for those that train."""
 
 from fastrl.cli.main import main
 

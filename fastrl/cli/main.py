@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastrl.cli import bench, doctor, eval, grpo, plot, sample
+from fastrl.cli import bench, doctor, eval, plot, sample, train
 from fastrl.cli.errors import UserError
 
 
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(takes_overrides=False, interrupted="")
     commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
-    grpo.add_parser(commands)
+    train.add_parsers(commands)
     eval.add_parser(commands)
     sample.add_parser(commands)
     plot.add_parser(commands)

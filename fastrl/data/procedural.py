@@ -62,11 +62,7 @@ def reasoning_gym_dataset(
     """
     if size < 1 or eval_size < 0:
         raise TaskError(f"size must be at least 1 and eval_size at least 0, got {size} and {eval_size}")
-    if (system_prompt is not None or examples) and not conversational:
-        raise TaskError("system_prompt and examples need conversational prompts")
-    for example in examples:
-        if isinstance(example, str) or len(example) != 2 or not all(isinstance(text, str) for text in example):
-            raise TaskError(f"examples: expected pairs of a question and its answer as text, got {example!r}")
+    before = turns_before(system_prompt, examples, conversational)
     wanted = size + eval_size
     # The generator's own size is only a bound on the index. Small tasks repeat themselves: finding the last few of n
     # different prompts takes about n log n draws.
@@ -88,18 +84,40 @@ def reasoning_gym_dataset(
             f"but size + eval_size is {wanted}"
         )
 
-    def message(text: str) -> str | list[dict[str, str]]:
-        if not conversational:
-            return text
-        before = [] if system_prompt is None else [("system", system_prompt)]
-        before += [turn for question, answer in examples for turn in (("user", question), ("assistant", answer))]
-        return [{"role": role, "content": content} for role, content in (*before, ("user", text))]
-
-    table = [{"prompt": message(text), **row} for text, row in rows.items()]
+    table = [{"prompt": [*before, user_turn(text)] if conversational else text, **row} for text, row in rows.items()]
     splits = {"train": Dataset.from_list(table[eval_size:])}
     if eval_size:
         splits["test"] = Dataset.from_list(table[:eval_size])
     return DatasetDict(splits)
+
+
+def turns_before(
+    system_prompt: str | None, examples: Sequence[Sequence[str]], conversational: bool
+) -> list[dict[str, str]]:
+    """What comes before a question: a system message, and worked examples as pairs of question and answer.
+
+    Raises:
+        TaskError: there are some, but prompts are not conversational; or an example is not a pair of texts.
+    """
+    if (system_prompt is not None or examples) and not conversational:
+        raise TaskError("system_prompt and examples need conversational prompts")
+    for example in examples:
+        if isinstance(example, str) or len(example) != 2 or not all(isinstance(text, str) for text in example):
+            raise TaskError(f"examples: expected pairs of a question and its answer as text, got {example!r}")
+    before = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    for question, answer in examples:
+        before += [user_turn(question), assistant_turn(answer)]
+    return before
+
+
+def user_turn(text: str) -> dict[str, str]:
+    """A message."""
+    return {"role": "user", "content": text}
+
+
+def assistant_turn(text: str) -> dict[str, str]:
+    """A message."""
+    return {"role": "assistant", "content": text}
 
 
 def task_verifier(task: str, task_config: str, task_index: int) -> Callable[[str], float]:

