@@ -12,21 +12,59 @@ from .objectives import *  # noqa: F403 - its __all__ is part of ours
 
 if TYPE_CHECKING:
     from .integrations.transformers_models import patch_model
-    from .trainers.grpo import GRPOTrainer
-    from .trainers.grpo_config import GRPOConfig
+    from .trainers import (
+        DPOConfig,
+        DPOTrainer,
+        GRPOConfig,
+        GRPOTrainer,
+        KTOConfig,
+        KTOTrainer,
+        PPOConfig,
+        PPOTrainer,
+        PRMConfig,
+        PRMTrainer,
+        RewardConfig,
+        RewardTrainer,
+        SFTConfig,
+        SFTTrainer,
+    )
 
 __version__ = "0.1.0"
 
 # What needs transformers is imported when it is first used: the losses work without it.
 _LAZY = {
     "patch_model": ".integrations.transformers_models",
+    "DPOTrainer": ".trainers.dpo",
+    "KTOTrainer": ".trainers.dpo",
+    "DPOConfig": ".trainers.dpo_config",
+    "KTOConfig": ".trainers.dpo_config",
     "GRPOTrainer": ".trainers.grpo",
     "GRPOConfig": ".trainers.grpo_config",
+    "PPOTrainer": ".trainers.ppo",
+    "PPOConfig": ".trainers.ppo_config",
+    "RewardTrainer": ".trainers.reward",
+    "PRMTrainer": ".trainers.reward",
+    "RewardConfig": ".trainers.reward_config",
+    "PRMConfig": ".trainers.reward_config",
+    "SFTTrainer": ".trainers.sft",
+    "SFTConfig": ".trainers.sft_config",
 }
 
 __all__ = [
+    "DPOConfig",
+    "DPOTrainer",
     "GRPOConfig",
     "GRPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "PRMConfig",
+    "PRMTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
     "TokenStats",
     "linear_divergence",
     "linear_logprobs",

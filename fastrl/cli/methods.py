@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastrl.cli.errors import UserError
-from fastrl.cli.sources import model_path, reward_functions
+from fastrl.cli.sources import reward_functions
 
 
 @dataclass
@@ -98,16 +98,31 @@ class RewardedScriptArguments(ScriptArguments):
     Args:
         reward_funcs: names of `fastrl.rewards`, with arguments as in "get_length_penalty_reward(max_len=256)", or
             import paths such as my_module.my_reward.
-        reward_model_name_or_path: folder or hub name of a reward model (a sequence classifier with one label). There
-            must be a reward function or a reward model.
+        reward_model_name_or_path: folder or hub name of a reward model (a sequence classifier with one label).
     """
 
     reward_funcs: list[str] = field(default_factory=list)
     reward_model_name_or_path: str | None = None
 
-    def __post_init__(self) -> None:
-        if not self.reward_funcs and self.reward_model_name_or_path is None:
-            raise ValueError("reward_funcs: expected at least one, or a reward_model_name_or_path")
+
+@dataclass
+class PPOScriptArguments(RewardedScriptArguments):
+    """Adds to `RewardedScriptArguments`:
+
+    Args:
+        value_model_name_or_path: folder or hub name of a sequence classifier with one label, such as the reward
+            model's, which is trained as the critic; None: a value head on the policy.
+    """
+
+    value_model_name_or_path: str | None = None
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The rewards and the critic."""
+        return {
+            "reward_model": self.reward_model_name_or_path,
+            "reward_funcs": reward_functions(self.reward_funcs),
+            "value_model": self.value_model_name_or_path,
+        }
 
 
 @dataclass
@@ -127,8 +142,11 @@ class GRPOScriptArguments(RewardedScriptArguments):
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The rewards: the model's first, as in TRL's scripts."""
-        model = self.reward_model_name_or_path
-        return {"reward_funcs": [*([model_path(model)] if model else []), *reward_functions(self.reward_funcs)]}
+        models = [self.reward_model_name_or_path] if self.reward_model_name_or_path else []
+        rewards = [*models, *reward_functions(self.reward_funcs)]
+        if not rewards:
+            raise UserError("missing: reward_funcs or reward_model_name_or_path")
+        return {"reward_funcs": rewards}
 
 
 @dataclass(frozen=True)
@@ -181,6 +199,13 @@ METHODS = (
         "fastrl.trainers.sft_config:SFTConfig",
     ),
     Method(
+        "reward",
+        "train a reward model: on pairs, rankings, outcomes or steps",
+        "fastrl.trainers.reward:RewardTrainer",
+        "fastrl.trainers.reward_config:RewardConfig",
+        RewardScriptArguments,
+    ),
+    Method(
         "dpo",
         "train a model on preferences: DPO and its kin",
         "fastrl.trainers.dpo:DPOTrainer",
@@ -191,6 +216,13 @@ METHODS = (
         "train a model on answers that are each good or bad",
         "fastrl.trainers.dpo:KTOTrainer",
         "fastrl.trainers.dpo_config:KTOConfig",
+    ),
+    Method(
+        "ppo",
+        "train a model by PPO with a critic",
+        "fastrl.trainers.ppo:PPOTrainer",
+        "fastrl.trainers.ppo_config:PPOConfig",
+        PPOScriptArguments,
     ),
     Method(
         "grpo",
