@@ -51,6 +51,7 @@ STEPS: dict[str, Any] = {
     "max_steps": 3,
     "learning_rate": 0.1,
     "optim": "sgd",
+    "max_grad_norm": 0.0,
     "lr_scheduler_type": "constant",
     "logging_steps": 1,
     "save_strategy": "no",
@@ -84,7 +85,12 @@ def reward_trainer(folder: Path, *, trainer: dict[str, Any] | None = None, **con
     """Over the rows of `loss_type`, in order."""
     settings = {**STEPS, **config}
     kind = settings.get("loss_type", "bradley_terry")
-    arguments = {"model": None, "train_dataset": ROWS[kind], "processing_class": make_tokenizer(), **(trainer or {})}
+    arguments = {
+        "model": None,
+        "train_dataset": ROWS.get(kind),
+        "processing_class": make_tokenizer(),
+        **(trainer or {}),
+    }
     if arguments["model"] is None:
         arguments["model"] = tiny_classifier(2, steps=True) if kind == "prm" else tiny_classifier()
     args = (PRMConfig if kind == "prm" else RewardConfig)(str(folder / "run"), **settings)
