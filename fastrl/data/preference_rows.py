@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 
 from fastrl.data.formats import Encoder, FormatError, Row, Text, as_chatml, pair_of, sequence_of, truncated
@@ -55,14 +56,15 @@ def unpaired_rows(rows: Any, name: str) -> Any:
     if not isinstance(rows[0], Mapping) or not {"chosen", "rejected"} <= set(rows[0]):
         return rows
     table = rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))
-    return table.map(
-        _unpaired,
-        batched=True,
-        with_indices=True,
-        remove_columns=table.column_names,
-        fn_kwargs={"name": name},
-        desc=f"Unpairing {name}",
-    )
+    with PartialState().main_process_first():  # the others read what the first has cached
+        return table.map(
+            _unpaired,
+            batched=True,
+            with_indices=True,
+            remove_columns=table.column_names,
+            fn_kwargs={"name": name},
+            desc=f"Unpairing {name}",
+        )
 
 
 def _unpaired(columns: Mapping[str, list[Any]], places: Sequence[int], name: str) -> dict[str, list[Any]]:
@@ -96,5 +98,8 @@ def with_mismatched(rows: TokenRows, group: int, max_length: int | None, truncat
                 columns[name][row].append(values)
         return columns
 
-    table = rows.rows.map(with_other, batched=True, batch_size=group, features=rows.rows.features, desc="Mismatching")
+    with PartialState().main_process_first():
+        table = rows.rows.map(
+            with_other, batched=True, batch_size=group, features=rows.rows.features, desc=f"Mismatching {rows.name}"
+        )
     return TokenRows(table, rows.name)

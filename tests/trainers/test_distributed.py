@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import dpo_runs
 import pytest
 import sft_runs
 import torch
@@ -60,6 +61,17 @@ def test_offline_losses_are_normalized_over_processes(tmp_path: Path, found: dic
     for want, got in zip(one, found["sft"]["logs"], strict=True):
         assert want.keys() == got.keys()
         assert got == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", two_processes.PREFERENCES)
+def test_preferences_are_normalized_over_processes(tmp_path: Path, found: dict[str, Any], kind: str) -> None:
+    """Pairs, tokens of an NLL term, and KTO's estimate of the KL are those of both processes."""
+    trainer = dpo_runs.dpo_trainer(tmp_path, max_grad_norm=0.0, **two_processes.PREFERENCES[kind])
+    grads, logs = dpo_runs.run(trainer)
+    for step, gradients in enumerate(grads):
+        dpo_runs.assert_same_gradients(found[kind]["grads"][step], gradients)
+        for name in {"loss", "kl", "rewards/margins"} & logs[step].keys():
+            assert found[kind]["logs"][step][name] == pytest.approx(logs[step][name], rel=1e-4), name
 
 
 def test_fsdp2_scores_with_a_sharded_head(found: dict[str, Any]) -> None:

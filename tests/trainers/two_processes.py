@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import dpo_runs
 import sft_runs
 import torch
 import torch.distributed as dist
@@ -26,6 +27,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "passes": {"tokens_per_pass": 10},  # another number of passes in each process
     "entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.05, "entropy_target": 5.0},
 }
+
+PREFERENCES: dict[str, dict[str, Any]] = {"pairs": {"loss_type": ["sigmoid", "sft"]}, "kto": {"loss_type": "kto"}}
+
+
+def without_prefix(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the model that is not wrapped names them."""
+    return {name.removeprefix("module."): gradient for name, gradient in gradients.items()}
 
 
 def train(kind: str, directory: Path, batch: int, resume: bool = False) -> dict[str, Any]:
@@ -62,7 +70,7 @@ def train(kind: str, directory: Path, batch: int, resume: bool = False) -> dict[
         rollout_engine=ScriptedEngine(),
     )
     trainer.train(resume_from_checkpoint=resume)
-    grads = [{name.removeprefix("module."): g for name, g in step.items()} for step in recorder.grads]
+    grads = [without_prefix(step) for step in recorder.grads]
     weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
     logs = [{k: v for k, v in log.items() if isinstance(v, float)} for log in trainer.state.log_history[:-1]]
     return {"grads": grads, "weights": weights, "logs": logs}
@@ -116,6 +124,10 @@ if __name__ == "__main__":
     found["shard"] = shard()  # type: ignore[assignment]
     sft = sft_runs.train(run / "sft", max_steps=6, per_device_train_batch_size=2, **sft_runs.EVALUATING)
     found["sft"] = {"logs": sft_runs.history(sft)}
+    for kind, settings in PREFERENCES.items():
+        trainer = dpo_runs.dpo_trainer(run / kind, per_device_train_batch_size=2, max_grad_norm=0.0, **settings)
+        grads, logs = dpo_runs.run(trainer)
+        found[kind] = {"grads": [without_prefix(step) for step in grads], "logs": logs}
     if dist.get_rank() == 0:
         torch.save(found, run / "found.pt")
     dist.destroy_process_group()
