@@ -1,0 +1,112 @@
+"""A PPO run that is cut off, or killed, and resumed is the run that was not: weights bit for bit, critic included."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from ppo_runs import early_letters, make_ppo, tiny_classifier
+from safetensors.torch import load_file
+
+from fastrl.trainers.checkpointing import newest_complete
+from fastrl.trainers.ppo import PPOTrainer
+
+TIMES = ("step_time", "tokens_per_second", "runtime", "per_second", "train_loss", "total_flos", "eps")
+SETTINGS: dict[str, Any] = {"max_steps": 10, "save_strategy": "steps", "save_steps": 6, "num_mini_batches": 2} | {
+    "num_ppo_epochs": 2,  # four optimizer steps to a rollout
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 4,
+}
+
+
+def history(trainer: PPOTrainer) -> list[dict[str, Any]]:
+    """What was logged, without what the clock decides."""
+    kept = [{k: v for k, v in log.items() if not any(part in k for part in TIMES)} for log in trainer.state.log_history]
+    return [log for log in kept if len(log) > 2]
+
+
+def same(resumed: PPOTrainer, straight: PPOTrainer) -> None:
+    expected = dict(straight.model.named_parameters())
+    assert any("fastrl_critic" in name for name in expected)
+    for name, weight in resumed.model.named_parameters():
+        assert torch.equal(weight, expected[name]), name
+    assert history(resumed) == history(straight)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("situation", ["adaptive_kl", "value_model", "lora"])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, situation: str) -> None:
+    settings = {**SETTINGS, "kl_target": 0.1, "kl_horizon": 20} if situation == "adaptive_kl" else SETTINGS
+
+    def make(folder: str, last: int = 99) -> PPOTrainer:
+        def reward(completions: list[Any], trainer_state: Any, **kwargs: Any) -> list[float]:
+            if trainer_state.global_step >= last:
+                raise Killed
+            return early_letters(completions)
+
+        arguments: dict[str, Any] = {}
+        if situation == "value_model":
+            arguments["value_model"] = tiny_classifier(attention_dropout=0.2)
+        if situation == "lora":
+            arguments["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], lora_dropout=0.1)
+        dropout = {"disable_dropout": situation == "adaptive_kl"}
+        return make_ppo(tmp_path / folder, reward_funcs=reward, arguments=arguments, **settings, **dropout)
+
+    straight = make("straight")
+    straight.train()
+    cut = make("cut", last=8)
+    with pytest.raises(Killed):
+        cut.train()
+    assert newest_complete(tmp_path / "cut") == str(tmp_path / "cut" / "checkpoint-6")
+    saved = load_file(tmp_path / "cut" / "checkpoint-6" / "fastrl_state.safetensors")
+    assert {"0.returns", "3.old_values", "3.old_logps"} <= saved.keys()  # in the middle of a rollout
+    resumed = make("cut")
+    resumed.train(resume_from_checkpoint=True)
+    same(resumed, straight)
+    if situation == "adaptive_kl":
+        assert len({log.get("objective/kl_coef", 0) for log in history(straight)}) > 2
+
+
+RUN = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch
+from transformers import TrainerCallback
+from test_ppo_resume import SETTINGS, make_ppo
+torch.set_num_threads(1)
+class Dies(TrainerCallback):
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == {step}:
+            os.kill(os.getpid(), signal.SIGKILL)
+    {moment} = die
+make_ppo(Path({folder!r}), arguments={{"callbacks": [Dies()]}}, **{{**SETTINGS, "save_steps": 1}}).train()
+"""
+
+
+def test_killed_process(tmp_path: Path) -> None:
+    """SIGKILL at a random step: the run resumes and ends where the uninterrupted one does."""
+    step, moment = random.randint(2, 9), random.choice(["on_step_begin", "on_pre_optimizer_step", "on_substep_end"])
+    print(f"killed at step {step}, {moment}")
+    settings = {**SETTINGS, "save_steps": 1}
+    code = RUN.format(tests=str(Path(__file__).parent), step=step, moment=moment, folder=str(tmp_path / "killed"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=180, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert newest_complete(tmp_path / "killed") == str(tmp_path / "killed" / f"checkpoint-{step}")
+    resumed = make_ppo(tmp_path / "killed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    straight = make_ppo(tmp_path / "straight", **settings)
+    straight.train()
+    same(resumed, straight)
