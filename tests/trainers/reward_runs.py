@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTo
 from fastrl.trainers.reward import PRMTrainer, RewardTrainer
 from fastrl.trainers.reward_config import PRMConfig, RewardConfig
 
-PAIRS = [
+PAIRS: list[dict[str, Any]] = [
     {"prompt": "a b c", "chosen": " d e f g", "rejected": " h", "margin": 0.5},
     {"prompt": "a", "chosen": " d", "rejected": " h i j k l m n o", "margin": 0.0},
     {"prompt": "x y", "chosen": " d z", "rejected": " h i", "margin": 1.0},
@@ -20,7 +20,7 @@ PAIRS = [
     {"prompt": "k l", "chosen": " m", "rejected": " n o p", "margin": 0.3},
     {"prompt": "e f", "chosen": " g h i", "rejected": " j", "margin": 0.7},
 ]
-RANKED = [
+RANKED: list[dict[str, Any]] = [
     {"prompt": "a b", "completions": [" c d e", " f", " g h", " i j"], "ranks": [2.0, 1.0, 2.0, 4.0]},
     {"prompt": "c", "completions": [" d", " e f g h"], "ranks": [1.0, 2.0]},
     {"prompt": "k l m", "completions": [" n", " o p q r", " s t"], "ranks": [3.0, 1.0, 2.0]},
@@ -30,11 +30,11 @@ RANKED = [
     {"prompt": "q r s", "completions": [" t", " u v"], "ranks": [2.0, 1.0]},
     {"prompt": "8", "completions": [" 9 9", " 9", " 8 8 8 8"], "ranks": [1.0, 2.0, 2.0]},
 ]
-OUTCOMES = [
+OUTCOMES: list[dict[str, Any]] = [
     {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
     for row, good in zip(PAIRS, [True, False, False, True, True, False, True, False], strict=True)
 ]
-STEPWISE = [
+STEPWISE: list[dict[str, Any]] = [
     {"prompt": "a b c", "completions": ["d e", "f", "g h i"], "labels": [True, True, False]},
     {"prompt": "k", "completions": ["l m n o"], "labels": [True]},
     {"prompt": "p q r s t u v", "completions": ["w", "x"], "labels": [False, False]},
@@ -44,7 +44,13 @@ STEPWISE = [
     {"prompt": "m n", "completions": ["o"], "labels": [False]},
     {"prompt": "e e e", "completions": ["f f", "g", "h"], "labels": [True, True, True]},
 ]
-ROWS = {"bradley_terry": PAIRS, "pairwise": RANKED, "plackett_luce": RANKED, "orm": OUTCOMES, "prm": STEPWISE}
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "bradley_terry": PAIRS,
+    "pairwise": RANKED,
+    "plackett_luce": RANKED,
+    "orm": OUTCOMES,
+    "prm": STEPWISE,
+}
 # A learning rate at which three steps of plain gradient descent move the scores.
 STEPS: dict[str, Any] = {
     "per_device_train_batch_size": 4,

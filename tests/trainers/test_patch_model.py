@@ -266,3 +266,78 @@ def test_unknown_head_modules_are_refused() -> None:
         dora(**batch(), fastrl_head=logits_of)
     with pytest.raises(UnsupportedHeadError, match="Linear is not a transformers causal LM"):
         patch_model(nn.Linear(2, 2))
+
+
+# Sequence and token classifiers --------------------------------------------------------------------------------------
+
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+CLASSIFIERS: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("LlamaForSequenceClassification", TINY),
+    "gemma2": ("Gemma2ForSequenceClassification", dict(head_dim=8, **TINY)),
+    "gpt2": ("GPT2ForSequenceClassification", GPT2),
+    "qwen2_tokens": ("Qwen2ForTokenClassification", TINY),
+    "gpt2_tokens": ("GPT2ForTokenClassification", GPT2),
+}
+
+
+def tiny_classifier(family: str) -> transformers.PreTrainedModel:
+    name, arguments = CLASSIFIERS[family]
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return cls(cls.config_class(vocab_size=V, num_labels=3, **special, **arguments))
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_scores_of_a_classifier_and_their_gradients(family: str) -> None:
+    """Also the dropout before the score layer; a sequence classifier's own score is the one at its last token."""
+    model, inputs = tiny_classifier(family).train(), batch()
+    last = slice(None) if "tokens" in family else -1
+    grads = []
+    for patched in (False, True):
+        model.zero_grad()
+        torch.manual_seed(3)
+        if patched:
+            with patch_model(model):
+                scores = model(**inputs, fastrl_head=logits_of)[:, last]
+        else:
+            scores = expected = model(**inputs).logits
+        scores.square().sum().backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-6, msg=name)
+    assert "fastrl" not in str(model.__dict__)
+
+
+def test_a_classifier_under_peft() -> None:
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["score"], r=2, task_type="SEQ_CLS")
+    model = get_peft_model(tiny_classifier("llama"), config)
+    with torch.no_grad():
+        model.get_base_model().score.modules_to_save["default"].weight.normal_()
+    with patch_model(model):
+        scores = model(**batch(), fastrl_head=logits_of)[:, -1]
+        with model.disable_adapter():
+            other = model(**batch(), fastrl_head=logits_of)[:, -1]
+    torch.testing.assert_close(scores, model(**batch()).logits)
+    assert not torch.allclose(scores, other)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("BertForTokenClassification", "BertForTokenClassification: only classifiers with causal attention"),
+        ("MptForSequenceClassification", "its attention modules do not say that they are"),
+        ("ModernBertDecoderForSequenceClassification", r"`self\.head\(hidden_states\)` transforms the hidden state"),
+        ("LlamaModel", r"LlamaModel has no output embedding \(lm_head\) and no score layer"),
+    ],
+)
+def test_other_classifiers_are_refused(name: str, message: str) -> None:
+    cls = getattr(transformers, name)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    mpt = {"d_model": 32, "n_heads": 4, "n_layers": 2}
+    config = cls.config_class(vocab_size=V, pad_token_id=0, **(mpt if name.startswith("Mpt") else sizes))
+    with pytest.raises(UnsupportedHeadError, match=message):
+        patch_model(cls(config))
+    with pytest.raises(ValueError, match="logit_scale, softcap: not for a classifier"):
+        patch_model(tiny_classifier("llama"), logit_scale=2.0)

@@ -90,7 +90,7 @@ def step_loss(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["pairwise", "plackett_luce", "orm", "prm"])
 def test_loss_and_gradients_are_those_of_the_definition(tmp_path: Path, kind: str) -> None:
-    settings = {"step_separator": "="} if kind == "prm" else {}
+    settings: dict[str, Any] = {"step_separator": "="} if kind == "prm" else {}
     (grads,), (log,) = run(reward_trainer(tmp_path, loss_type=kind, **settings, **WHOLE))
     model = tiny_classifier(2, steps=True).eval() if kind == "prm" else tiny_classifier()
     loss = {"orm": outcome_loss, "prm": step_loss}.get(kind, lambda model: ranked_losses(model, kind))(model)
@@ -129,7 +129,12 @@ def test_three_classes_and_the_last_step_only(tmp_path: Path) -> None:
 
 def test_steps_are_cut_as_trl_cut_them(tmp_path: Path) -> None:
     """The prompt loses its beginning, the steps lose their end, and so does the whole."""
-    limits = {"max_prompt_length": 3, "max_completion_length": 6, "max_length": 9, "step_separator": "="}
+    limits: dict[str, Any] = {
+        "max_prompt_length": 3,
+        "max_completion_length": 6,
+        "max_length": 9,
+        "step_separator": "=",
+    }
     trainer: Any = reward_trainer(tmp_path, loss_type="prm", **limits)
     tokenizer = make_tokenizer()
     for row, tokens in zip(STEPWISE, trainer.train_dataset, strict=True):
@@ -156,7 +161,7 @@ SPLITS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_any_split_gives_the_same_step(tmp_path: Path, kind: str) -> None:
-    settings = {"center_rewards_coefficient": 0.2} if kind == "bradley_terry" else {}
+    settings: dict[str, Any] = {"center_rewards_coefficient": 0.2} if kind == "bradley_terry" else {}
     (wanted,), (logged,) = run(reward_trainer(tmp_path, loss_type=kind, **settings, **WHOLE))
     for split in SPLITS.values():
         (grads,), (log,) = run(reward_trainer(tmp_path, loss_type=kind, **settings, **{**WHOLE, **split}))
@@ -405,7 +410,12 @@ def test_a_script_of_trl_runs_with_another_import(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["pairwise", "prm"])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, kind: str) -> None:
-    settings = {"loss_type": kind, "max_steps": 6, "logging_steps": 2, "train_sampling_strategy": "random"}
+    settings: dict[str, Any] = {
+        "loss_type": kind,
+        "max_steps": 6,
+        "logging_steps": 2,
+        "train_sampling_strategy": "random",
+    }
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}  # between two logs
     straight, cut = reward_trainer(tmp_path / "straight", **settings), reward_trainer(tmp_path, **settings, **saving)
     _, logs = run(straight)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from datasets import Dataset
 from dpo_runs import assert_same_gradients, run
 from reward_runs import PAIRS, STEPS, reward_trainer, tiny_classifier
@@ -64,6 +66,37 @@ def test_same_gradients_and_metrics(tmp_path: Path, case: str) -> None:
             if name not in averaged:
                 assert mine[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     assert any(abs(log["margin"]) > 0.05 for log in logs)  # the scores differ
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "learned positions": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "a window of 4 tokens, padded rows": ("Mistral", {"sliding_window": 4}),
+    "experts": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(tmp_path: Path, family: str) -> None:
+    name, config = FAMILIES[family]
+    cls = getattr(transformers, f"{name}ForSequenceClassification")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = config if name == "GPT2" else {**sizes, "num_key_value_heads": 2, **config}
+    special = {"vocab_size": 42, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_labels": 1}
+
+    def arguments() -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = cls(cls.config_class(**special, **more))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3.0)
+        return {"model": model, "processing_class": make_tokenizer(), "train_dataset": Dataset.from_list(PAIRS)}
+
+    (grads, logs), (wanted, reference) = (
+        run(reward_trainer(tmp_path, trainer=arguments(), max_steps=1)),
+        run(trl.RewardTrainer(args=trl.RewardConfig(str(tmp_path), **{**STEPS, "max_steps": 1}), **arguments())),
+    )
+    assert_same_gradients(grads[0], wanted[0])
+    assert logs[0]["loss"] == pytest.approx(reference[0]["loss"], rel=1e-5)
 
 
 def test_every_argument_of_trl_is_there_with_its_default() -> None:
