@@ -25,9 +25,13 @@ NEVER_EMPTY = (5, 4, 8, 1, 3, 7, 2, 6)  # TRL cannot do with a completion of zer
         {},
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "num_iterations": 2},
         {"loss_type": "dr_grpo", "scale_rewards": "none", "mask_truncated_completions": True},
-        {"beta": 0.2, "max_grad_norm": 0.5},
+        {"beta": 0.2, "max_grad_norm": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 2},
+        {"loss_type": "sapo", "num_iterations": 2},
+        {"loss_type": "cispo", "epsilon_high": 1.1, "num_iterations": 2},
+        {"loss_type": "vespo", "num_iterations": 2},
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "num_iterations": 2},
     ],
-    ids=["default", "gspo", "dr_grpo", "kl"],
+    ids=["default", "gspo", "dr_grpo", "kl", "sapo", "cispo", "vespo", "luspo"],
 )
 def test_same_weights_and_metrics(
     make_trainer: Callable[..., GRPOTrainer],

@@ -119,6 +119,8 @@ def test_resumed_run_equals_the_uninterrupted_one(
         assert torch.equal(weight, weights(resumed)[name]), name
     assert history(resumed) == history(straight)
     assert any(not math.isclose(log.get("loss", 0.0), 0.0, abs_tol=1e-9) for log in history(straight))
+    if situation == "dynamic_sampling":
+        assert resumed._drawn == straight._drawn > 0
     if situation == "adaptive_entropy":
         assert resumed.entropy == straight.entropy and len({log["entropy_coef"] for log in history(straight)}) > 2
 
