@@ -18,6 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
@@ -89,8 +90,7 @@ class RolloutServer:
         try:
             waiting: deque[_Request | _Update | None] = deque()
             while True:
-                while not waiting or not self._jobs.empty():
-                    waiting.append(self._jobs.get())
+                self._collect(waiting)
                 job = waiting.popleft()
                 if job is None:
                     break
@@ -106,6 +106,14 @@ class RolloutServer:
         finally:
             self._http.shutdown()
             self._http.server_close()
+
+    def _collect(self, waiting: deque) -> None:
+        """Adds all that was asked by now; at least one thing waits afterwards."""
+        while not waiting:
+            with suppress(queue.Empty):  # a signal that comes just before a wait is seen only after it
+                waiting.append(self._jobs.get(timeout=0.5))
+        while not self._jobs.empty():
+            waiting.append(self._jobs.get())
 
     def close(self) -> None:
         """Ends `serve` once what was asked before is done."""
