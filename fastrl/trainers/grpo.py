@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from fastrl.objectives import AdaptiveEntropy, PolicyObjective, combine_rewards, compute_advantages
+from fastrl.objectives import AdaptiveEntropy, PolicyObjective, RolloutCorrection, combine_rewards, compute_advantages
 from fastrl.rollout import RolloutEngine
 from fastrl.trainers import model_setup
 from fastrl.trainers.dynamic_sampling import GroupRefill
@@ -46,6 +46,7 @@ class GRPOTrainer(OnlineTrainer):
         callbacks, optimizers: as in `transformers.Trainer`.
         peft_config: wraps the model in an adapter.
         rollout_engine: samples the completions; None: vLLM with `use_vllm`, else the model itself.
+        correction: of the mismatch with another engine; None: TRL's, as `vllm_importance_sampling_*` say.
         quantization_config, tools, rollout_func, environment_factory: refused.
 
     Departures from TRL:
@@ -104,6 +105,7 @@ class GRPOTrainer(OnlineTrainer):
         environment_factory: Any = None,
         *,
         rollout_engine: RolloutEngine | None = None,
+        correction: RolloutCorrection | None = None,
     ) -> None:
         args = GRPOConfig() if args is None else args
         if not isinstance(args, GRPOConfig):
@@ -117,7 +119,9 @@ class GRPOTrainer(OnlineTrainer):
             if given is not None:
                 raise ValueError(f"{name}: not supported, expected None: {reason}")
         self.objective: PolicyObjective = args.objective()
-        self.correction = args.correction()
+        self.correction = args.correction() if correction is None else correction
+        if correction is not None and args.old_logps_from_engine:
+            raise ValueError("correction: expected None with old_logps_from_engine, which leaves nothing to correct")
         self.rewards = reward_runner(reward_funcs, reward_processing_classes, args)
         super().__init__(
             model,
@@ -195,8 +199,10 @@ class GRPOTrainer(OnlineTrainer):
         rollouts = dataclasses.replace(rollouts, old_logps=old_logps)
         if correction is None or sampling is None:
             return rollouts
-        ratio = self.corrected(old_logps, sampling, correction, rollouts.mask, mode)
-        return dataclasses.replace(rollouts, importance_ratio=ratio)
+        corrected = self.corrected(old_logps, sampling, correction, rollouts.mask, mode)
+        if correction.rejections:
+            rollouts = dataclasses.replace(rollouts, loss_mask=corrected.mask)
+        return dataclasses.replace(rollouts, importance_ratio=corrected.weights)
 
     def _advantages(self, samples: Samples, per_func: Tensor) -> Tensor:
         args, group_ids = self.args, torch.arange(len(per_func), device=per_func.device) // samples.group

@@ -224,7 +224,8 @@ class PPOTrainer(OnlineTrainer):
             advantages = self._whitened(advantages, mask)
         ratio = None
         if correction is not None:
-            ratio = self.corrected(logps, samples.sampling_logps, correction, mask, mode)  # type: ignore[arg-type]
+            assert logps is not None and samples.sampling_logps is not None
+            ratio = self.corrected(logps, samples.sampling_logps, correction, mask, mode).weights
         return PPORollouts(
             **batch.tensors(),
             advantages=advantages,

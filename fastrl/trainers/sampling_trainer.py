@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastrl.integrations import LMHead, patch_model, router_loss, router_loss_coef
-from fastrl.objectives import RolloutCorrection, rollout_correction
+from fastrl.objectives import CorrectedRollouts, RolloutCorrection, rollout_correction
 from fastrl.rollout import RolloutEngine, TransformersEngine, make_engine
 from fastrl.trainers import model_setup
 from fastrl.trainers.completion_log import CompletionLog
@@ -178,11 +178,11 @@ class SamplingTrainer(PromptTrainer):
 
     def corrected(
         self, logps: Tensor, sampling_logps: Tensor, correction: RolloutCorrection, mask: Tensor, mode: str
-    ) -> Tensor | None:
+    ) -> CorrectedRollouts:
         """The factor of the policy term that makes up for an engine other than the policy; its metrics are logged."""
         out = rollout_correction(logps, sampling_logps, correction, mask=mask)
         self.add_means(mode, out.metrics)
-        return out.weights
+        return out
 
     def run(self, model: nn.Module, part: Pass[Any], function: Callable[[Tensor, LMHead], Any]) -> Any:
         """`function(hidden, head)` inside the model's forward over a pass; `part.select(hidden)` scores the tokens.

@@ -52,6 +52,20 @@ def test_the_mismatch_with_another_engine_is_corrected(make_trainer: Make, mode:
     assert log["sampling/sampling_logp_difference/mean"] > 0
 
 
+def test_tokens_that_a_correction_rejects_leave_the_loss(make_trainer: Make) -> None:
+    correction = RolloutCorrection.verl(rollout_is="token", rollout_rs="token_k1", rollout_rs_threshold="0.9_1.2")
+    arguments = {"rollout_engine": TellingEngine(), "correction": correction}
+    trainer, _ = scripted(make_trainer, trainer_arguments=arguments)
+    made = record_rollouts(trainer)
+    trainer.train()
+    (rollouts,) = made
+    expected = rollout_correction(
+        rollouts.old_logps, rollouts.sampling_logps, correction, mask=rollouts.completion_mask
+    ).mask
+    assert torch.equal(rollouts.mask, expected) and 0 < expected.sum() < rollouts.completion_mask.sum()
+    assert trainer.state.log_history[0]["rollout_corr/rollout_rs_masked_fraction"] > 0
+
+
 def test_the_correction_can_be_switched_off(make_trainer: Make) -> None:
     _, (rollouts,) = told(make_trainer, vllm_importance_sampling_correction=False)
     assert rollouts.importance_ratio is None and rollouts.sampling_logps is None and rollouts.old_logps is None
