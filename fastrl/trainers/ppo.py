@@ -224,8 +224,7 @@ class PPOTrainer(OnlineTrainer):
             advantages = self._whitened(advantages, mask)
         ratio = None
         if correction is not None:
-            assert logps is not None and samples.sampling_logps is not None
-            ratio = self.corrected(logps, samples.sampling_logps, correction, mask, mode).weights
+            ratio = self.corrected(logps, samples.sampling_logps, correction, mask, mode).weights  # type: ignore[arg-type]
         return PPORollouts(
             **batch.tensors(),
             advantages=advantages,
