@@ -78,3 +78,14 @@ def test_fsdp2_scores_with_a_sharded_head(found: dict[str, Any]) -> None:
     assert len(found["shard"]) > 40
     for what, difference in found["shard"].items():
         assert difference < 1e-5, (what, difference)
+
+
+def test_rankings_are_normalized_over_processes(tmp_path: Path, found: dict[str, Any]) -> None:
+    """Prompts with answers of different rank are counted in both; the least reward is the least of both."""
+    one = two_processes.rankings(tmp_path, batch=4)
+    for want, got in zip(one["grads"], found["rewards"]["grads"], strict=True):
+        dpo_runs.assert_same_gradients(got, want)
+    for want, got in zip(one["logs"], found["rewards"]["logs"], strict=True):
+        names = [name for name in want if name.endswith(("loss", "accuracy", "margin", "reward", "num_tokens"))]
+        assert len(names) == 7
+        assert {name: got[name] for name in names} == pytest.approx({name: want[name] for name in names}, rel=1e-4, abs=1e-5)
