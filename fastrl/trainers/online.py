@@ -4,6 +4,7 @@ What is not the loop itself lives beside this file: prompts, rewards, rollouts, 
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from fastrl.trainers.activation_offloading import OffloadedActivations
 from fastrl.trainers.micro_batches import MicroBatch, groups_together, micro_batches
 from fastrl.trainers.online_config import OnlineConfig
 from fastrl.trainers.packing import Pass
+from fastrl.trainers.prompts import Example
 from fastrl.trainers.reward_runner import RewardRunner
 from fastrl.trainers.rollout_collector import Samples
 from fastrl.trainers.rollouts import Rollouts, from_named_tensors, named_tensors
@@ -46,6 +48,7 @@ class OnlineTrainer(SamplingTrainer):
         rollouts_type                          its `TokenBatch`; pending ones are saved in checkpoints
         needs_reference                        whether `reference_model` is used: then a copy is kept, without PEFT
         prepare_policy(policy)                 wraps or extends the model before Trainer takes it (a value head)
+        collect_samples(examples, name, mode)  where completions come from, if not from the policy
         start_window(parts)                    before the first micro-batch of an optimizer step
         live_sequences(rollouts)               which sequences need the model; the others skip it
         split_matters                          whether the gradient depends on how a step is cut into micro-batches
@@ -89,6 +92,12 @@ class OnlineTrainer(SamplingTrainer):
         score_old: the policy will have changed when it is used, so that log-probabilities of now must be kept.
         """
         raise NotImplementedError
+
+    def collect_samples(self, examples: Sequence[Example], name: str, mode: str) -> Samples:
+        """Completions of this process's examples; see `RolloutCollector.collect`."""
+        if mode == "train":
+            self.engine.sync_weights(self.model)
+        return self.collector.collect(examples, name, mode, self.state)
 
     def pass_loss(self, model: nn.Module, part: Pass[Any], batch: MicroBatch[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The share of a micro-batch's loss that one of its passes has, and metrics: detached scalars."""
@@ -162,8 +171,7 @@ class OnlineTrainer(SamplingTrainer):
         if self.args.async_rollouts:
             samples = self._rollouts_ahead().collect(examples, self.model, self.state)
         else:
-            self.engine.sync_weights(self.model)
-            samples = self.collector.collect(examples, "train_dataset", "train", self.state)
+            samples = self.collect_samples(examples, "train_dataset", "train")
         rollouts = self.make_rollouts(samples, score_old=not on_policy)
         rollouts = rollouts.select(torch.randperm(len(rollouts)).to(self.args.device))
         parts = self.args.steps_per_generation
@@ -234,7 +242,7 @@ class OnlineTrainer(SamplingTrainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """The loss of one evaluation batch, of which rewards and lengths are the by-product that matters."""
-        samples = self.collector.collect(inputs, "eval_dataset", self._eval_prefix or "eval", self.state)
+        samples = self.collect_samples(inputs, "eval_dataset", self._eval_prefix or "eval")
         rollouts = self.make_rollouts(samples, score_old=False)
         (batch,) = micro_batches([rollouts], self.total, self.accelerator.num_processes)
         with torch.no_grad():

@@ -10,6 +10,7 @@ The position before a completion's first token scores that token, so the last to
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import sys
@@ -126,6 +127,26 @@ class Packer:
             pair_cost=4.0 * config.num_hidden_layers * config.hidden_size,
             tokens=tokens_per_pass or TOKENS_PER_PASS.get(causal_lm.device.type, TOKENS_PER_PASS["cuda"]),
         )
+
+    def for_both(self, other: nn.Module, name: str) -> Packer:
+        """The same layout, without shared prompts where another model, which runs on the same passes, cannot follow.
+
+        Args:
+            name: the argument that the other model came as, for errors.
+
+        Raises:
+            ValueError: share_prompts=True then; or only one of the models takes position ids.
+        """
+        if takes_positions(other) != self.takes_positions:
+            raise ValueError(f"{name}: expected a model that takes position_ids if the model does, and only then")
+        causal_lm: Any = innermost_causal_lm(other)
+        attention = causal_lm.config.get_text_config()._attn_implementation
+        sharing = prompt_sharing(other)
+        if (attention == "sdpa") != (self.additive_mask is None):
+            sharing = PromptSharing(0, f"{name} has the attention {attention!r}, unlike the model")
+        if self.required and not sharing.longest:
+            raise ValueError(f"share_prompts: not exact for {name}: {sharing.why}; set it to None or False")
+        return dataclasses.replace(self, sharing=min(self.sharing, sharing, key=lambda each: each.longest))
 
     def passes(self, batch: Batch, *, together: bool = False) -> list[Pass[Batch]]:
         """Every sequence of the batch in one of the passes, longest first; empty for an empty batch.

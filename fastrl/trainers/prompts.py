@@ -103,6 +103,25 @@ def with_prompts(rows: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> An
     return rows.map(texts, batched=True, with_indices=True, remove_columns=list(columns))
 
 
+def split_conversations(rows: Any) -> Any:
+    """A dataset of "messages" (or a dict of such) as one of "prompt" and "completion": the last message is the latter.
+
+    Any other dataset is returned as it is.
+    """
+    if isinstance(rows, dict):
+        return {name: split_conversations(part) for name, part in rows.items()}
+
+    def split(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
+
+    columns = getattr(rows, "column_names", None) or (list(rows[0]) if isinstance(rows, list) and rows else [])
+    if "messages" not in columns or "prompt" in columns:
+        return rows
+    if isinstance(rows, list):
+        return [split(row) for row in rows]
+    return rows.map(split, remove_columns=["messages"])
+
+
 def tokenize_prompts(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,

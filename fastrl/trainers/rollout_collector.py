@@ -63,6 +63,7 @@ class RolloutCollector:
         mode: str,
         state: TrainerState,
         sampled: Completions | None = None,
+        prompt_ids: list[list[int]] | None = None,
     ) -> Samples:
         """A completion for each of this process's examples: a prompt comes once per completion, groups side by side.
 
@@ -71,12 +72,15 @@ class RolloutCollector:
             name: of the dataset, for errors.
             mode: where the metrics go, "train" or an evaluation's prefix.
             state: its count of tokens seen goes up in training.
-            sampled: what the engine has made of `request(examples, name, mode)`; None: it is asked now.
+            sampled: what the engine has made of `request(examples, name, mode)`, or other completions to use; None: the
+                engine is asked now.
+            prompt_ids: what those are completions of; None: the prompts as `request` has them.
 
         Raises:
             ValueError: a prompt that cannot be used.
         """
-        prompt_ids, conversational = self._prompts(examples, name)
+        own_ids, conversational = self._prompts(examples, name)
+        prompt_ids = own_ids if prompt_ids is None else prompt_ids
         if sampled is None:
             sampled = self.engine.generate(*self.request(examples, name, mode))
         if len(sampled.ids) != len(prompt_ids):

@@ -104,14 +104,18 @@ class ReferenceHead(NamedTuple):
     ref_bias: Tensor | None  # (V,)
 
 
-@torch.no_grad()
 def reference_head(reference: nn.Module, part: Pass[Any]) -> ReferenceHead:
     """Hidden states and head of the reference for a pass. Dropout is off."""
-    with _eval_mode(reference):
-        head: ReferenceHead = reference(
-            **part.inputs, fastrl_head=lambda hidden, head: ReferenceHead(part.select(hidden), head.weight, head.bias)
-        )
-    return head
+    states, head = states_and_head(reference, part)
+    return ReferenceHead(states, head.weight, head.bias)
+
+
+@torch.no_grad()
+def states_and_head(model: nn.Module, part: Pass[Any]) -> tuple[Tensor, LMHead]:
+    """The hidden states (B, T, D) that score the tokens of a pass, and the head, without gradient. Dropout is off."""
+    with _eval_mode(model):
+        both: tuple[Tensor, LMHead] = model(**part.inputs, fastrl_head=lambda hidden, head: (part.select(hidden), head))
+    return both
 
 
 def policy_loss(

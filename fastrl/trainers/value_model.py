@@ -5,7 +5,6 @@ saves or copies the policy leaves it out, and it has files of its own beside the
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from fastrl.integrations import LMHead, patch_model
 from fastrl.objectives.score_head import row_scores
 from fastrl.rollout.policy_weights import CRITIC
-from fastrl.trainers.packing import Packer, Pass, PromptSharing, prompt_sharing, takes_positions
+from fastrl.trainers.packing import Packer, Pass
 from fastrl.trainers.scoring import head_logps, over_passes
 from fastrl.trainers.token_batch import TokenBatch
 
@@ -166,19 +165,5 @@ def logps_and_values(
 
 
 def layout_of_both(packer: Packer, critic: Critic) -> Packer:
-    """The policy's layout, without shared prompts where the value model cannot follow them.
-
-    Raises:
-        ValueError: share_prompts=True then; or only one of the models takes position ids.
-    """
-    if not isinstance(critic, ValueModel):
-        return packer
-    if takes_positions(critic.model) != packer.takes_positions:
-        raise ValueError("value_model: expected a model that takes position_ids if the policy does, and only then")
-    attention = critic.model.config.get_text_config()._attn_implementation
-    sharing = prompt_sharing(critic.model)
-    if (attention == "sdpa") != (packer.additive_mask is None):
-        sharing = PromptSharing(0, f"the value model has the attention {attention!r}, unlike the policy")
-    if packer.required and not sharing.longest:
-        raise ValueError(f"share_prompts: not exact for the value model: {sharing.why}; set it to None or False")
-    return dataclasses.replace(packer, sharing=min(packer.sharing, sharing, key=lambda each: each.longest))
+    """The policy's layout, which the critic can follow; see `Packer.for_both`."""
+    return packer.for_both(critic.model, "value_model") if isinstance(critic, ValueModel) else packer
