@@ -88,16 +88,5 @@ def test_rankings_are_normalized_over_processes(tmp_path: Path, found: dict[str,
     for want, got in zip(one["logs"], found["rewards"]["logs"], strict=True):
         names = [name for name in want if name.endswith(("loss", "accuracy", "margin", "reward", "num_tokens"))]
         assert len(names) == 7
-        assert {name: got[name] for name in names} == pytest.approx({name: want[name] for name in names}, rel=1e-4, abs=1e-5)
-
-
-def test_rankings_are_normalized_over_processes(tmp_path: Path, found: dict[str, Any]) -> None:
-    """Prompts with answers of different rank are counted in both; the least reward is the least of both."""
-    one = two_processes.rankings(tmp_path, batch=4)
-    for want, got in zip(one["grads"], found["rewards"]["grads"], strict=True):
-        dpo_runs.assert_same_gradients(got, want)
-    for want, got in zip(one["logs"], found["rewards"]["logs"], strict=True):
-        names = [name for name in want if name.endswith(("loss", "accuracy", "margin", "reward", "num_tokens"))]
-        assert len(names) == 7
         for name in names:
             assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5), name

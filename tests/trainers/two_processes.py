@@ -7,7 +7,6 @@ from typing import Any
 
 import dpo_runs
 import reward_runs
-import reward_runs
 import sft_runs
 import torch
 import torch.distributed as dist
@@ -86,14 +85,6 @@ def rankings(directory: Path, batch: int) -> dict[str, Any]:
     return {"grads": [without_prefix(step) for step in grads], "logs": [*logs, trainer.evaluate()]}
 
 
-def rankings(directory: Path, batch: int) -> dict[str, Any]:
-    """Three optimizer steps of a reward model on four rows each, and its evaluation on seven."""
-    settings = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 2, "loss_type": "pairwise"}
-    trainer = reward_runs.reward_trainer(directory, trainer={"eval_dataset": reward_runs.RANKED[:7]}, **settings)
-    grads, logs = dpo_runs.run(trainer)
-    return {"grads": [without_prefix(step) for step in grads], "logs": [*logs, trainer.evaluate()]}
-
-
 def shard() -> dict[str, float]:
     """A model sharded by FSDP2, root parameters and lm_head included: outputs and gradients, in train and in eval."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -146,7 +137,6 @@ if __name__ == "__main__":
         trainer = dpo_runs.dpo_trainer(run / kind, per_device_train_batch_size=2, max_grad_norm=0.0, **settings)
         grads, logs = dpo_runs.run(trainer)
         found[kind] = {"grads": [without_prefix(step) for step in grads], "logs": logs}
-    found["rewards"] = rankings(run / "rewards", batch=2)
     found["rewards"] = rankings(run / "rewards", batch=2)
     if dist.get_rank() == 0:
         torch.save(found, run / "found.pt")
