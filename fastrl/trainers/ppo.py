@@ -103,9 +103,9 @@ class PPOTrainer(OnlineTrainer):
     ) -> None:
         if not isinstance(args, PPOConfig):
             raise TypeError(f"args: expected a fastrl.PPOConfig, got {type(args).__name__}")
+        model = args.sft_model_path if model is None else model
         if data_collator is not None:
             raise ValueError("data_collator: not supported, expected None: prompts are laid out here")
-        model = args.sft_model_path if model is None else model
         if model is None:
             raise ValueError("model: expected a model, or its path in args.sft_model_path")
         if ref_model is model and not isinstance(model, str):
@@ -143,8 +143,7 @@ class PPOTrainer(OnlineTrainer):
     def _reward_runner(self, reward_model: Any, reward_funcs: Any, tokenizer: Any) -> RewardRunner:
         given = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         functions = [function for function in (reward_model, *given) if function is not None]
-        if not functions and self.args.reward_model_path is not None:
-            functions = [self.args.reward_model_path]
+        functions = functions or [path for path in [self.args.reward_model_path] if path is not None]
         if not functions:
             raise ValueError("reward_model: expected a model, its path in args.reward_model_path, or reward_funcs")
         tokenizers = [tokenizer if isinstance(function, PreTrainedModel) else None for function in functions]
@@ -194,8 +193,7 @@ class PPOTrainer(OnlineTrainer):
 
     def make_rollouts(self, samples: Samples, *, score_old: bool) -> PPORollouts:
         """Rewards per token, values, and from them advantages and returns."""
-        args, mode = self.args, samples.mode
-        scores = self._scores(samples)
+        args, mode, scores = self.args, samples.mode, self._scores(samples)
         batch = TokenBatch(**{**samples.batch.tensors(), "loss_mask": samples.batch.mask & ~scores.isnan()[:, None]})
         mask = batch.mask
         correction = None if samples.sampling_logps is None or self.engine_is_policy else self.correction
@@ -219,7 +217,9 @@ class PPOTrainer(OnlineTrainer):
         if args.whiten_rewards:
             rewards = self._whitened(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
-        self.add_means(mode, {"val/explained_variance": explained_variance(values, returns, mask=mask)})
+        everyones = [self.collector.everyones(x) for x in (values, returns, mask)]
+        explained = explained_variance(everyones[0], everyones[1], mask=everyones[2])
+        self.metrics.add(mode, {"val/explained_variance": float(explained)})
         if args.whiten_advantages:
             advantages = self._whitened(advantages, mask)
         ratio = None
@@ -243,8 +243,8 @@ class PPOTrainer(OnlineTrainer):
         self.log_samples(samples, self.collector.own_rows(per_func))
         scores = self.collector.own_rows(rewards)
         eos, completions = self.processing_class.eos_token_id, samples.completion_ids  # type: ignore[union-attr]
-        eos_tokens = self.total(torch.tensor(sum(ids.count(eos) for ids in completions)))
-        self.metrics.add(samples.mode, {"val/num_eos_tokens": float(eos_tokens)})
+        eos_tokens = torch.tensor(sum(ids.count(eos) for ids in completions))
+        self.metrics.add(samples.mode, {"val/num_eos_tokens": float(self.total(eos_tokens))})
         if self.args.missing_eos_penalty is not None:
             endless = torch.tensor([self._ends.isdisjoint(ids) for ids in completions], device=scores.device)
             scores = scores - self.args.missing_eos_penalty * endless

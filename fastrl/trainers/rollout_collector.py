@@ -171,9 +171,11 @@ class RolloutCollector:
         count = len(values) // self.accelerator.num_processes
         return values[self.accelerator.process_index * count :][:count]
 
-    def everyones(self, mask: Tensor) -> Tensor:
-        """The masks (B, T) of all processes, in one width."""
-        return self.accelerator.gather(self.accelerator.pad_across_processes(mask, dim=1))
+    def everyones(self, values: Tensor) -> Tensor:
+        """Values (B, T) of all processes, in one width; masks come as masks."""
+        numbers = values.to(torch.uint8) if values.dtype == torch.bool else values  # accelerate pads a bool to an int64
+        gathered = self.accelerator.gather(self.accelerator.pad_across_processes(numbers, dim=1))
+        return gathered.to(values.dtype)
 
     def truncated(self, completion_ids: Sequence[Sequence[int]]) -> Tensor:
         """(B,) bool: the completions without an end-of-sequence token."""

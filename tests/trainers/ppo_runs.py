@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tiny_runs import WORDS, make_tokenizer, tiny_model
+from tiny_runs import WORDS, GradientRecorder, ScriptedEngine, make_tokenizer, tiny_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
@@ -71,6 +71,20 @@ def make_ppo(
         train_dataset=Dataset.from_dict({"prompt": ROWS}) if train_dataset is None else train_dataset,
         **(arguments or {}),
     )
+
+
+def two_rollouts(folder: Path, **config: Any) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
+    """Gradients and logs of two epochs over each of two rollouts of the same eight completions."""
+    recorder = GradientRecorder()
+    trainer = make_ppo(
+        folder,
+        arguments={"rollout_engine": ScriptedEngine(), "callbacks": [recorder]},
+        **{"num_ppo_epochs": 2, "max_steps": 4, "max_grad_norm": 0.0, "learning_rate": 1e-3, "whiten_rewards": True},
+        **{"kl_target": 0.05, "kl_horizon": 20.0},
+        **config,
+    )
+    trainer.train()
+    return recorder.grads, trainer.state.log_history[:-1]
 
 
 class Definition:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dpo_runs
+import ppo_runs
 import pytest
 import sft_runs
 import torch
@@ -74,12 +75,6 @@ def test_preferences_are_normalized_over_processes(tmp_path: Path, found: dict[s
             assert found[kind]["logs"][step][name] == pytest.approx(logs[step][name], rel=1e-4), name
 
 
-def test_fsdp2_scores_with_a_sharded_head(found: dict[str, Any]) -> None:
-    assert len(found["shard"]) > 40
-    for what, difference in found["shard"].items():
-        assert difference < 1e-5, (what, difference)
-
-
 def test_rankings_are_normalized_over_processes(tmp_path: Path, found: dict[str, Any]) -> None:
     """Prompts with answers of different rank are counted in both; the least reward is the least of both."""
     one = two_processes.rankings(tmp_path, batch=4)
@@ -90,3 +85,21 @@ def test_rankings_are_normalized_over_processes(tmp_path: Path, found: dict[str,
         assert len(names) == 7
         for name in names:
             assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5), name
+
+
+def test_ppo_whitens_and_normalizes_over_processes(tmp_path: Path, found: dict[str, Any]) -> None:
+    """The gradients of policy and critic, and the KL's weight."""
+    grads, logs = ppo_runs.two_rollouts(tmp_path, per_device_train_batch_size=8)
+    assert len(grads) == len(found["ppo"]["grads"]) == 4
+    for step, gradients in enumerate(grads):
+        dpo_runs.assert_same_gradients(found["ppo"]["grads"][step], gradients)
+    names = ("objective/kl", "objective/kl_coef", "objective/scores", "loss", "val/num_eos_tokens", "episode")
+    for want, got in zip(logs, found["ppo"]["logs"], strict=True):
+        for name in want.keys() & names:
+            assert got[name] == pytest.approx(want[name], rel=1e-3, abs=1e-6), name
+
+
+def test_fsdp2_scores_with_a_sharded_head(found: dict[str, Any]) -> None:
+    assert len(found["shard"]) > 40
+    for what, difference in found["shard"].items():
+        assert difference < 1e-5, (what, difference)

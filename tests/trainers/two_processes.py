@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import dpo_runs
+import ppo_runs
 import reward_runs
 import sft_runs
 import torch
@@ -138,6 +139,8 @@ if __name__ == "__main__":
         grads, logs = dpo_runs.run(trainer)
         found[kind] = {"grads": [without_prefix(step) for step in grads], "logs": logs}
     found["rewards"] = rankings(run / "rewards", batch=2)
+    grads, logs = ppo_runs.two_rollouts(run / "ppo", per_device_train_batch_size=4)
+    found["ppo"] = {"grads": [without_prefix(step) for step in grads], "logs": logs}
     if dist.get_rank() == 0:
         torch.save(found, run / "found.pt")
     dist.destroy_process_group()
