@@ -344,7 +344,7 @@ def test_the_script_of_trls_documentation(tmp_path: Path) -> None:
     rows = [{"chosen": chat("a b", "c d"), "rejected": chat("a b", "e")} for _ in range(4)]
     Dataset.from_list(rows).to_json(tmp_path / "data.jsonl")
     script = SCRIPT.format(
-        module="fastrl.trainers.dpo",
+        module="fastrl",
         data=tmp_path / "data.jsonl",
         model=tmp_path / "model",
         output=tmp_path / "output",
