@@ -101,7 +101,10 @@ def tokenize_rows(
         table = Dataset.from_list([function(rows[place], place) for place in places], features=features)
     kept = np.flatnonzero(np.asarray(table["counted"]))
     if len(kept) < len(table):
-        logger.warning(f"{name}: {len(table) - len(kept)} of {len(table)} rows left out: no token to train on is left")
+        logger.warning(
+            f"{name}: {len(table) - len(kept)} of {len(table)} rows left out: no token to train on is left of "
+            "them, within max_length"
+        )
         table = table.select(kept)
     if not len(table):
         raise ValueError(f"{name}: no row has a token to train on; if prompts fill max_length, raise it")

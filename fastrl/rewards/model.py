@@ -17,8 +17,8 @@ logger = logging.get_logger(__name__)
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
-# Of a model's config, true where the texts that it was trained on had the tokenizer's special tokens and an
-# end-of-sequence token: `fastrl.trainers.RewardTrainer` says so.
+# Of the config of a model and of its tokenizer, true where the texts that it was trained on had the tokenizer's special
+# tokens and an end-of-sequence token: `fastrl.trainers.RewardTrainer` says so.
 COMPLETE_TEXTS = "fastrl_complete_texts"
 
 
@@ -59,6 +59,7 @@ class RewardModel:
         if isinstance(model, str | PathLike):
             loading = {"trust_remote_code": trust_remote_code, **(model_init_kwargs or {}), "num_labels": 1}
             loaded = AutoModelForSequenceClassification.from_pretrained(model, **loading)
+            path = str(model)
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         elif not isinstance(model, PreTrainedModel):
             raise TypeError(f"reward model: expected a path or a transformers model, got {type(model).__name__}")
@@ -67,17 +68,17 @@ class RewardModel:
                 "model_init_kwargs: only used with a reward model given by path, but the model is an object"
             )
         else:
-            loaded = model
+            loaded, path = model, str(model.config._name_or_path)
         labels = loaded.config.num_labels
         if labels != 1:
             raise ValueError(f"reward model: expected a sequence classifier with num_labels=1, got {labels} labels")
-        path = str(loaded.config._name_or_path)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        self.complete_texts = bool(getattr(loaded.config, COMPLETE_TEXTS, False))
+        said_by = (loaded.config.to_dict(), tokenizer.init_kwargs)  # an adapter comes with a tokenizer only
+        self.complete_texts = any(said.get(COMPLETE_TEXTS, False) for said in said_by)
         self.model = loaded if device is None else loaded.to(device)
         self.tokenizer = tokenizer
         self.batch_size = batch_size

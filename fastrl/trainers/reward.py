@@ -164,6 +164,7 @@ class RewardTrainer(OfflineTrainer):
         model_setup.use_named_tokens(self.tokenizer, policy, args, has_adapter)
         if args.loss_type != "prm":
             setattr(policy.config, COMPLETE_TEXTS, True)
+            self.tokenizer.init_kwargs[COMPLETE_TEXTS] = True  # is saved with an adapter, which the config is not
         return policy
 
     # Data ------------------------------------------------------------------------------------------------------------

@@ -402,7 +402,11 @@ def test_a_script_of_trl_runs_with_another_import(tmp_path: Path) -> None:
     exec(script, found)
     losses = [log["eval_loss"] for log in found["trainer"].state.log_history if "eval_loss" in log]
     assert len(losses) == 2 and losses[1] < losses[0]
-    assert (tmp_path / "output" / "adapter_model.safetensors").is_file()
+    prompts, answers = [[user]] * 2, [[good], [bad]]
+    reward = RewardModel(str(tmp_path / "output"), device="cpu")  # an adapter
+    chosen, rejected = reward(prompts, answers)
+    assert chosen - rejected == pytest.approx(found["trainer"].evaluate()["eval_margin"], rel=1e-5)
+    assert reward.complete_texts
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------
