@@ -51,6 +51,5 @@ def make_distillation(
         tiny_teacher() if teacher is None else teacher,
         DistillationConfig(**settings),
         Dataset.from_dict({"prompt": PROMPTS, "completion": COMPLETIONS}) if rows is None else rows,
-        processing_class=make_tokenizer(),
-        **(arguments or {}),
+        **{"processing_class": make_tokenizer(), **(arguments or {})},
     )

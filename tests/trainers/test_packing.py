@@ -15,7 +15,8 @@ from torch import nn
 
 from fastrl.integrations import patch_model
 from fastrl.trainers import GRPOTrainer
-from fastrl.trainers.packing import Packer, PromptSharing, prompt_numbers, prompt_sharing
+from fastrl.trainers.packing import Packer, prompt_numbers
+from fastrl.trainers.prompt_sharing import PromptSharing, prompt_sharing
 from fastrl.trainers.rollouts import Rollouts
 from fastrl.trainers.scoring import completion_logps
 from fastrl.trainers.token_batch import TokenBatch, pad
