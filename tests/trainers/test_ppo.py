@@ -14,9 +14,10 @@ from peft import LoraConfig, get_peft_model
 from ppo_runs import ROWS, Definition, early_letters, make_ppo, sequences_of, tiny_classifier
 from safetensors.torch import load_file
 from tiny_runs import GradientRecorder, ScriptedEngine, make_tokenizer, record_rollouts, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from fastrl.rewards import RewardModel
+from fastrl.rollout import TransformersEngine
 from fastrl.rollout.policy_weights import policy_weights
 from fastrl.trainers.ppo import PPOTrainer
 from fastrl.trainers.ppo_config import PPOConfig
@@ -294,22 +295,70 @@ def test_an_adapter_as_the_reference(tmp_path: Path) -> None:
         make_ppo(tmp_path, ref_adapter_name="before")
 
 
-def test_tokenized_prompts_and_evaluation(tmp_path: Path) -> None:
-    """A script of TRL's: rows of input_ids, and `generate_completions` at the end."""
-    ids = Dataset.from_dict({"input_ids": make_tokenizer()(ROWS)["input_ids"]})
-    trainer = make_ppo(
-        tmp_path,
-        train_dataset=ids,
-        max_steps=1,
-        per_device_eval_batch_size=8,
-        arguments={"eval_dataset": ids.select(range(4))},
+def test_a_script_of_trl(tmp_path: Path) -> None:
+    """Its arguments from a command line, a model of every kind, rows of input_ids, completions at the end."""
+    line = "--num_ppo_epochs 1 --num_mini_batches 1 --per_device_train_batch_size 8 --gradient_accumulation_steps 1"
+    line += f" --output_dir {tmp_path} --total_episodes 24 --missing_eos_penalty 1.0 --response_length 8 --use_cpu"
+    line += " --local_rollout_forward_batch_size 4 --report_to none --learning_rate 1e-3 --logging_steps 1 --bf16 false"
+    (training_args,) = HfArgumentParser(PPOConfig).parse_args_into_dataclasses(line.split())
+    tokenizer = make_tokenizer()
+    dataset = Dataset.from_dict({"prompt": ROWS * 2})
+    dataset = dataset.map(lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]}, remove_columns=["prompt"])
+    trainer = PPOTrainer(
+        args=training_args,
+        processing_class=tokenizer,
+        model=tiny_model(),
+        ref_model=tiny_model(),
+        reward_model=tiny_classifier(seed=5),
+        value_model=tiny_classifier(seed=5),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(8)),
+        peft_config=None,
     )
     trainer.train()
+    trainer.save_model(training_args.output_dir)
+    assert trainer.state.global_step == 3
+    assert [log["episode"] for log in trainer.state.log_history if "episode" in log] == [8, 16, 24]
     metrics = trainer.generate_completions()
-    assert 0 <= metrics["eval_objective/scores"] <= 1 and "eval_val/explained_variance" in metrics
-    odd = Dataset.from_dict({"input_ids": [[0, 6, 7]] * 8})
+    assert metrics["eval_objective/kl"] != 0 and "eval_val/explained_variance" in metrics
+
+
+def test_tokenized_prompts_are_those_of_their_text(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train_dataset: the input_ids of row 0 are not those of their text"):
-        make_ppo(tmp_path, train_dataset=odd)
+        make_ppo(tmp_path, train_dataset=Dataset.from_dict({"input_ids": [[0, 6, 7]] * 8}))
+
+
+def test_another_engine_is_corrected_for(tmp_path: Path) -> None:
+    """Completions of another model than the policy: the ratio between the two is a factor of the policy term."""
+    engine = TransformersEngine(tiny_model(seed=1), eos_token_ids=[2], pad_token_id=0)
+    engine.sync_weights = lambda model: None  # type: ignore[method-assign]
+    trainer = make_ppo(
+        tmp_path,
+        vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=2.0,
+        max_steps=1,
+        temperature=1.0,
+        arguments={"rollout_engine": engine},
+    )
+    made = record_rollouts(trainer)  # type: ignore[arg-type]
+    trainer.train()
+    (rollout,) = made
+    assert rollout.importance_ratio is not None and rollout.old_logps is not None
+    logps = over_sampled(engine.model, sequences_of(rollout))
+    for row, expected in enumerate(logps):
+        ratio = (rollout.old_logps[row, : len(expected)] - expected).exp().clamp(max=2.0)
+        torch.testing.assert_close(rollout.importance_ratio[row, : len(expected)], ratio, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def over_sampled(model: torch.nn.Module, sequences: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+    """Log-probabilities of completions, one sequence at a time."""
+    found = []
+    for prompt, completion in sequences:
+        ids = torch.tensor([prompt + completion])
+        log_probs = torch.log_softmax(model(input_ids=ids).logits[0], -1)[len(prompt) - 1 : -1]
+        found.append(log_probs.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1))
+    return found
 
 
 def test_it_learns(tmp_path: Path) -> None:
