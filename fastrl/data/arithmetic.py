@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict
@@ -17,6 +17,8 @@ from fastrl.data.procedural import TaskError, assistant_turn, turns_before, user
 from fastrl.suggestions import did_you_mean
 
 OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub}
+
+ERRORS = (-10, -2, -1, 1, 2, 10)
 
 
 class Problem(NamedTuple):
@@ -30,9 +32,9 @@ class Problem(NamedTuple):
         """The right one."""
         return OPERATORS[self.operator](self.a, self.b)
 
-    def wrong_answer(self, generator: random.Random) -> int:
-        """Off by one, two or ten."""
-        return self.answer() + generator.choice((-10, -2, -1, 1, 2, 10))
+    def wrong_answers(self, count: int, generator: random.Random) -> list[int]:
+        """Different ones, off by one, two or ten."""
+        return [self.answer() + error for error in generator.sample(ERRORS, count)]
 
 
 def _preference(right: Any, wrong: Any, generator: random.Random) -> dict[str, Any]:
@@ -59,10 +61,11 @@ def arithmetic_dataset(
     size: int,
     eval_size: int = 0,
     seed: int = 0,
-    digits: int = 2,
+    digits: Sequence[int] = (2, 2),
     operators: Sequence[str] = ("+",),
     prompt: str = "{a}{operator}{b}=",
     completion: str = "{answer}",
+    wrong_answers: int = 1,
     conversational: bool = False,
     system_prompt: str | None = None,
     examples: Sequence[Sequence[str]] = (),
@@ -71,12 +74,13 @@ def arithmetic_dataset(
 
     Args:
         form: "prompt-only", "prompt-completion", "preference" (chosen is right) or "unpaired" (half are right).
-        size, eval_size: rows of the splits "train" and "test"; there is no split "test" when `eval_size` is 0.
+        size, eval_size: problems of the splits "train" and "test"; there is no split "test" when `eval_size` is 0.
         seed: of the problems and the wrong answers.
-        digits: of the largest number, 1 to 3.
+        digits: of the first and the second number at most, 1 to 3 each.
         operators: some of "+" and "-".
         prompt: template with {a}, {operator} and {b}; "{a:02d}" has two digits always.
         completion: template with {answer}.
+        wrong_answers: rows per problem in "preference", each with another wrong answer, 6 at most.
         conversational: prompts and completions are lists of messages if True, otherwise plain strings.
         system_prompt, examples: see `reasoning_gym_dataset` (conversational only).
 
@@ -88,34 +92,44 @@ def arithmetic_dataset(
     """
     if form not in FORMATS:
         raise TaskError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}{did_you_mean(form, FORMATS)}")
-    if digits not in (1, 2, 3):
-        raise TaskError(f"digits: expected 1, 2 or 3, got {digits!r}")
+    if len(digits) != 2 or set(digits) - {1, 2, 3}:
+        raise TaskError(f"digits: expected 1, 2 or 3 for each of the two numbers, got {digits!r}")
     if not operators or set(operators) - set(OPERATORS):
         raise TaskError(f"operators: expected some of {', '.join(OPERATORS)}, got {operators!r}")
+    if not 1 <= wrong_answers <= len(ERRORS) or (wrong_answers > 1 and form != "preference"):
+        raise TaskError(f"wrong_answers: expected 1, in a preference dataset up to {len(ERRORS)}, got {wrong_answers}")
     if size < 1 or eval_size < 0:
         raise TaskError(f"size must be at least 1 and eval_size at least 0, got {size} and {eval_size}")
     before = turns_before(system_prompt, examples, conversational)
-    span = 10**digits
-    count = span * span * len(operators)
+    span = 10 ** digits[1]
+    count = 10 ** digits[0] * span * len(operators)
     if size + eval_size > count:
         raise TaskError(f"size + eval_size: there are only {count} such problems, got {size + eval_size}")
     order = list(range(count))
     random.Random(seed).shuffle(order)
 
-    def row(index: int) -> dict[str, Any]:
+    def rows(index: int) -> Iterator[dict[str, Any]]:
         pair, which = divmod(index, len(operators))
         problem = Problem(pair // span, operators[which], pair % span)
         generator = random.Random(seed * count + index)
         question = _filled("prompt", prompt, **problem._asdict())
-        numbers = (problem.answer(), problem.wrong_answer(generator))
-        texts = [_filled("completion", completion, answer=number) for number in numbers]
-        answers: list[Any] = [[assistant_turn(text)] if conversational else text for text in texts]
         asked: Any = [*before, user_turn(question)] if conversational else question
-        return {"prompt": asked, **FORMATS[form](answers[0], answers[1], generator), "answer": str(problem.answer())}
+        right, *wrong = (
+            [assistant_turn(text)] if conversational else text
+            for text in (
+                _filled("completion", completion, answer=number)
+                for number in (problem.answer(), *problem.wrong_answers(wrong_answers, generator))
+            )
+        )
+        for answer in wrong:
+            yield {"prompt": asked, **FORMATS[form](right, answer, generator), "answer": str(problem.answer())}
 
-    splits = {"train": Dataset.from_list([row(index) for index in order[eval_size : eval_size + size]])}
+    def split(problems: Sequence[int]) -> Dataset:
+        return Dataset.from_list([row for index in problems for row in rows(index)])
+
+    splits = {"train": split(order[eval_size : eval_size + size])}
     if eval_size:
-        splits["test"] = Dataset.from_list([row(index) for index in order[:eval_size]])
+        splits["test"] = split(order[:eval_size])
     return DatasetDict(splits)
 
 
