@@ -48,7 +48,11 @@ class Critic(nn.Module):
         raise NotImplementedError
 
     def load(self, folder: str) -> None:
-        """From there."""
+        """From there.
+
+        Raises:
+            ValueError: such a critic does not lie there.
+        """
         raise NotImplementedError
 
 
@@ -77,7 +81,7 @@ class ValueHead(Critic):
         save_file(tensors, Path(folder, HEAD_FILE))
 
     def load(self, folder: str) -> None:
-        self.score.load_state_dict(load_file(Path(folder, HEAD_FILE)))
+        self.score.load_state_dict(load_file(_existing(folder, HEAD_FILE)))
 
 
 class ValueModel(Critic):
@@ -110,8 +114,15 @@ class ValueModel(Critic):
         self.model.save_pretrained(Path(folder, MODEL_FOLDER))
 
     def load(self, folder: str) -> None:
-        saved = type(self.model).from_pretrained(Path(folder, MODEL_FOLDER), dtype=self.model.dtype)
+        saved = type(self.model).from_pretrained(_existing(folder, MODEL_FOLDER), dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
+
+
+def _existing(folder: str, name: str) -> Path:
+    path = Path(folder, name)
+    if not path.exists():
+        raise ValueError(f"{folder} has no {name}: what was trained there had another critic, or none")
+    return path
 
 
 def make_critic(policy: Any, value_model: str | nn.Module | None, trust_remote_code: bool) -> Critic:

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from ppo_runs import early_letters, make_ppo, tiny_classifier
 from safetensors.torch import load_file
 
 from fastrl.trainers.checkpointing import newest_complete
 from fastrl.trainers.ppo import PPOTrainer
+from fastrl.trainers.value_model import HEAD_FILE
 
 TIMES = ("step_time", "tokens_per_second", "runtime", "per_second", "train_loss", "total_flos", "eps")
 SETTINGS: dict[str, Any] = {"max_steps": 10, "save_strategy": "steps", "save_steps": 6, "num_mini_batches": 2} | {
@@ -76,6 +78,36 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, situation: str
     same(resumed, straight)
     if situation == "adaptive_kl":
         assert len({log.get("objective/kl_coef", 0) for log in history(straight)}) > 2
+
+
+def test_a_checkpoint_with_another_critic_is_refused(tmp_path: Path) -> None:
+    make_ppo(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    other = make_ppo(tmp_path, arguments={"value_model": tiny_classifier()})
+    with pytest.raises(ValueError, match="checkpoint-1 has no value_model: what was trained there had another critic"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_the_best_model_has_its_critic(tmp_path: Path) -> None:
+    trainer = make_ppo(
+        tmp_path,
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_episodes_so_far",
+        greater_is_better=False,  # the first one
+        arguments={"eval_dataset": Dataset.from_dict({"prompt": ["a"] * 8})},
+    )
+    log = trainer.metrics.add
+    trainer.metrics.add = lambda mode, metrics: log(mode, {**metrics, "episodes_so_far": float(trainer._episodes)})  # type: ignore[method-assign]
+    trainer.train()
+    assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-1")
+    saved = load_file(tmp_path / "checkpoint-1" / HEAD_FILE)
+    assert torch.equal(trainer.critic.score.weight, saved["weight"])  # type: ignore[union-attr, arg-type]
+    last = load_file(tmp_path / "checkpoint-3" / HEAD_FILE)
+    assert not torch.equal(last["weight"], saved["weight"])
 
 
 RUN = """
