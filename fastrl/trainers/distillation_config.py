@@ -3,14 +3,15 @@
 What this version does not do is refused when it is set to something else than its default: never accepted and ignored.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from fastrl.trainers.online_config import OnlineConfig
 
-# Of the other online methods, without effect here.
-REWARDS = ("reward_weights", "reward_timeout", "reward_workers", "max_failed_reward_batches")
-CORRECTION = tuple(f"vllm_importance_sampling_{name}" for name in ("correction", "mode", "clip_max", "clip_min", "cap"))
+
+def _unused(default: Any, reason: str) -> Any:
+    """A field of the other online methods that is without effect here: it keeps its default."""
+    return field(default=default, metadata={"help": f"Only {default!r}: {reason}.", "unused": True})
 
 
 @dataclass
@@ -56,6 +57,17 @@ class DistillationConfig(OnlineConfig):
     )
     max_tool_calling_iterations: int | None = field(default=None, metadata={"help": "Only None."})
 
+    # Of the other online methods, without effect here
+    reward_weights: list[float] | None = _unused(None, "there are no rewards")
+    reward_timeout: float | None = _unused(None, "there are no rewards")
+    reward_workers: int = _unused(8, "there are no rewards")
+    max_failed_reward_batches: int = _unused(3, "there are no rewards")
+    vllm_importance_sampling_correction: bool = _unused(True, "no log-probabilities are compared")
+    vllm_importance_sampling_mode: str = _unused("sequence_mask", "no log-probabilities are compared")
+    vllm_importance_sampling_clip_max: float | None = _unused(3.0, "no log-probabilities are compared")
+    vllm_importance_sampling_clip_min: float | None = _unused(None, "no log-probabilities are compared")
+    vllm_importance_sampling_cap: float | None = _unused(None, "no log-probabilities are compared")
+
     @property
     def kind(self) -> str:
         """Of `fastrl.linear_distillation_loss`."""
@@ -81,7 +93,7 @@ class DistillationConfig(OnlineConfig):
                 not self.remove_unused_columns,
                 "False with lmbda < 1: completions are a column",
             )
-        for names, reason in ((REWARDS, "there are no rewards"), (CORRECTION, "no log-probabilities are compared")):
-            for name in names:
-                default = type(self).__dataclass_fields__[name].default
-                require(name, getattr(self, name) == default, f"{default!r} (without effect here: {reason})")
+        for item in fields(self):
+            if "unused" in item.metadata:
+                expected, _, reason = item.metadata["help"].removeprefix("Only ").partition(": ")
+                require(item.name, getattr(self, item.name) == item.default, f"{expected}, as {reason.rstrip('.')}")

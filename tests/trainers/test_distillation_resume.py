@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from distillation_runs import make_distillation, tiny_teacher
+from distillation_runs import make_distillation
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_runs import tiny_model
@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {"max_steps": 9, "save_strategy": "steps", "save_step
     "gradient_accumulation_steps": 2,
     "steps_per_generation": 4,  # two optimizer steps to a rollout
     "tokens_per_pass": 32,
+    "seed": 6,  # of the five rollouts the second and the last are the student's own
 }
 
 
@@ -56,14 +57,14 @@ class Dies(TrainerCallback):
             raise Killed
 
 
-@pytest.mark.parametrize("situation", ["dropout", "lora", "teacher_samples"])
+@pytest.mark.parametrize("situation", ["dropout", "lora_and_a_teacher_that_samples"])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, situation: str) -> None:
     def make(folder: str, **arguments: Any) -> DistillationTrainer:
-        if situation == "lora":
+        settings = {**SETTINGS, "seq_kd": situation != "dropout"}
+        if situation != "dropout":
             arguments["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], lora_dropout=0.1)
         model = tiny_model(attention_dropout=0.2 if situation == "dropout" else 0.0)
-        seq_kd = {"seq_kd": situation == "teacher_samples"}
-        return make_distillation(tmp_path / folder, model, tiny_teacher(), arguments=arguments, **SETTINGS, **seq_kd)
+        return make_distillation(tmp_path / folder, model, arguments=arguments, **settings)
 
     straight = make("straight")
     straight.train()
