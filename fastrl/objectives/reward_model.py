@@ -78,21 +78,25 @@ def reward_model_loss(
     if chosen_scores.ndim != 1:
         raise ValueError(f"chosen_scores: expected shape (B,), got {tuple(chosen_scores.shape)}")
     given = {"chosen_scores": chosen_scores, "rejected_scores": rejected_scores}
-    pairs = _present(mask, chosen_scores, "one per pair")
+    pairs = None if mask is None else _present(mask, chosen_scores, "one per pair")
     for name, x in (given if margin is None else given | {"margin": margin}).items():
         _check_like(name, x, chosen_scores, "one per pair, as chosen_scores")
         validation.check_floating(name, x)
     dtype = accumulation_dtype(torch.promote_types(chosen_scores.dtype, rejected_scores.dtype))
-    chosen, rejected = (x.to(dtype) if mask is None else torch.where(pairs, x.to(dtype), 0.0) for x in given.values())
+
+    def counted(x: Tensor) -> Tensor:
+        return x.to(dtype) if pairs is None else torch.where(pairs, x.to(dtype), 0.0)
+
+    chosen, rejected = counted(chosen_scores), counted(rejected_scores)
     gap = chosen - rejected
-    terms = -F.logsigmoid(gap if margin is None else gap - torch.where(pairs, margin.to(dtype), 0.0))
+    terms = -F.logsigmoid(gap if margin is None else gap - counted(margin))
     if center_rewards_coefficient is not None:
         terms = terms + center_rewards_coefficient * (chosen + rejected).square()
     loss = _mean(terms, pairs, normalizer)
     scores = torch.cat([chosen, rejected]).detach()
-    gap, count = gap.detach(), pairs.sum()
+    gap, count = gap.detach(), gap.numel() if pairs is None else pairs.sum()
     metrics = {"accuracy": (gap > 0).sum().to(dtype) / count, "margin": gap.sum() / count}
-    return RewardOutput(loss, scores, metrics | _reward_metrics(scores, torch.cat([pairs, pairs])))
+    return RewardOutput(loss, scores, metrics | _reward_metrics(scores, None if pairs is None else pairs.repeat(2)))
 
 
 def linear_reward_model_loss(
@@ -507,16 +511,22 @@ def _present(mask: Tensor | None, like: Tensor, meaning: str) -> Tensor:
     return mask.bool()
 
 
-def _mean(terms: Tensor, inside: Tensor, normalizer: Tensor | float | None) -> Tensor:
-    """Mean of the terms inside; 0 where there is none."""
+def _mean(terms: Tensor, inside: Tensor | None, normalizer: Tensor | float | None) -> Tensor:
+    """Mean of the terms inside, None: of all; 0 where there is none."""
     if normalizer is not None and not isinstance(normalizer, Tensor) and not normalizer > 0:
         raise ValueError(f"normalizer: expected a number above 0, got {normalizer!r}")
+    if inside is None:
+        return terms.sum() / (max(terms.numel(), 1) if normalizer is None else normalizer)
     total = torch.where(inside, terms, 0.0).sum()
     return total / (inside.sum().clamp(min=1) if normalizer is None else normalizer)
 
 
-def _reward_metrics(scores: Tensor, inside: Tensor) -> dict[str, Tensor]:
-    """TRL's min_reward, mean_reward and max_reward; NaN where there is no score. scores are 0 outside."""
+def _reward_metrics(scores: Tensor, inside: Tensor | None) -> dict[str, Tensor]:
+    """TRL's min_reward, mean_reward and max_reward; NaN where there is no score. scores are 0 outside, None: of all."""
+    if inside is None and scores.numel():
+        low, high = scores.aminmax()
+        return {"min_reward": low, "mean_reward": scores.mean(), "max_reward": high}
+    inside = torch.ones_like(scores, dtype=torch.bool) if inside is None else inside
     count = inside.sum()
     lowest = torch.where(inside, scores, torch.inf).flatten()
     highest = torch.where(inside, scores, -torch.inf).flatten()
