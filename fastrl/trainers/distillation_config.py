@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 
 from fastrl.trainers.online_config import OnlineConfig
 
-
-def _unused(default: Any, reason: str) -> Any:
-    """A field of the other online methods that is without effect here: it keeps its default."""
-    return field(default=default, metadata={"help": f"Only {default!r}: {reason}.", "unused": True})
+# Fields of the other online methods that are without effect here and keep their defaults: why.
+NO_REWARDS = {"unused": "there are no rewards", "help": "Only the default: there are no rewards."}
+NO_CORRECTION = {"unused": "no log-probabilities are compared", "help": "Only the default: nothing is corrected."}
 
 
 @dataclass
@@ -58,15 +57,15 @@ class DistillationConfig(OnlineConfig):
     max_tool_calling_iterations: int | None = field(default=None, metadata={"help": "Only None."})
 
     # Of the other online methods, without effect here
-    reward_weights: list[float] | None = _unused(None, "there are no rewards")
-    reward_timeout: float | None = _unused(None, "there are no rewards")
-    reward_workers: int = _unused(8, "there are no rewards")
-    max_failed_reward_batches: int = _unused(3, "there are no rewards")
-    vllm_importance_sampling_correction: bool = _unused(True, "no log-probabilities are compared")
-    vllm_importance_sampling_mode: str = _unused("sequence_mask", "no log-probabilities are compared")
-    vllm_importance_sampling_clip_max: float | None = _unused(3.0, "no log-probabilities are compared")
-    vllm_importance_sampling_clip_min: float | None = _unused(None, "no log-probabilities are compared")
-    vllm_importance_sampling_cap: float | None = _unused(None, "no log-probabilities are compared")
+    reward_weights: list[float] | None = field(default=None, metadata=NO_REWARDS)
+    reward_timeout: float | None = field(default=None, metadata=NO_REWARDS)
+    reward_workers: int = field(default=8, metadata=NO_REWARDS)
+    max_failed_reward_batches: int = field(default=3, metadata=NO_REWARDS)
+    vllm_importance_sampling_correction: bool = field(default=True, metadata=NO_CORRECTION)
+    vllm_importance_sampling_mode: str = field(default="sequence_mask", metadata=NO_CORRECTION)
+    vllm_importance_sampling_clip_max: float | None = field(default=3.0, metadata=NO_CORRECTION)
+    vllm_importance_sampling_clip_min: float | None = field(default=None, metadata=NO_CORRECTION)
+    vllm_importance_sampling_cap: float | None = field(default=None, metadata=NO_CORRECTION)
 
     @property
     def kind(self) -> str:
@@ -95,5 +94,5 @@ class DistillationConfig(OnlineConfig):
             )
         for item in fields(self):
             if "unused" in item.metadata:
-                expected, _, reason = item.metadata["help"].removeprefix("Only ").partition(": ")
-                require(item.name, getattr(self, item.name) == item.default, f"{expected}, as {reason.rstrip('.')}")
+                expected = f"{item.default!r}, as {item.metadata['unused']}"
+                require(item.name, getattr(self, item.name) == item.default, expected)
