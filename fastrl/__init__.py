@@ -13,6 +13,8 @@ from .objectives import *  # noqa: F403 - its __all__ is part of ours
 if TYPE_CHECKING:
     from .integrations.transformers_models import patch_model
     from .trainers import (
+        DistillationConfig,
+        DistillationTrainer,
         DPOConfig,
         DPOTrainer,
         GRPOConfig,
@@ -38,6 +40,8 @@ _LAZY = {
     "KTOTrainer": ".trainers.dpo",
     "DPOConfig": ".trainers.dpo_config",
     "KTOConfig": ".trainers.dpo_config",
+    "DistillationTrainer": ".trainers.distillation",
+    "DistillationConfig": ".trainers.distillation_config",
     "GRPOTrainer": ".trainers.grpo",
     "GRPOConfig": ".trainers.grpo_config",
     "PPOTrainer": ".trainers.ppo",
@@ -53,6 +57,8 @@ _LAZY = {
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
+    "DistillationConfig",
+    "DistillationTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "KTOConfig",

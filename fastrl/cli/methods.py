@@ -231,4 +231,10 @@ METHODS = (
         "fastrl.trainers.grpo_config:GRPOConfig",
         GRPOScriptArguments,
     ),
+    Method(
+        "distill",
+        "train a model on what a teacher would say",
+        "fastrl.trainers.distillation:DistillationTrainer",
+        "fastrl.trainers.distillation_config:DistillationConfig",
+    ),
 )

@@ -18,7 +18,7 @@ from fastrl.suggestions import did_you_mean
 
 OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub}
 
-ERRORS = (-10, -2, -1, 1, 2, 10)
+ERRORS = tuple(error for error in range(-12, 13) if error)  # of near misses
 
 
 class Problem(NamedTuple):
@@ -33,7 +33,7 @@ class Problem(NamedTuple):
         return OPERATORS[self.operator](self.a, self.b)
 
     def wrong_answers(self, count: int, generator: random.Random) -> list[int]:
-        """Different ones, off by one, two or ten."""
+        """Near misses, all different."""
         return [self.answer() + error for error in generator.sample(ERRORS, count)]
 
 
@@ -80,7 +80,7 @@ def arithmetic_dataset(
         operators: some of "+" and "-".
         prompt: template with {a}, {operator} and {b}; "{a:02d}" has two digits always.
         completion: template with {answer}.
-        wrong_answers: rows per problem in "preference", each with another wrong answer, 6 at most.
+        wrong_answers: rows per problem in "preference", each with another wrong answer, 24 at most.
         conversational: prompts and completions are lists of messages if True, otherwise plain strings.
         system_prompt, examples: see `reasoning_gym_dataset` (conversational only).
 

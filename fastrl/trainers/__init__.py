@@ -6,6 +6,8 @@ import transformers
 if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga") or not hasattr(transformers.Trainer, "_run_epoch"):
     raise ImportError(f"fastrl.trainers needs transformers >= 5.23, found {transformers.__version__}")
 
+from fastrl.trainers.distillation import DistillationTrainer
+from fastrl.trainers.distillation_config import DistillationConfig
 from fastrl.trainers.dpo import DPOTrainer, KTOTrainer
 from fastrl.trainers.dpo_config import DPOConfig, KTOConfig
 from fastrl.trainers.grpo import GRPOTrainer
@@ -20,6 +22,8 @@ from fastrl.trainers.sft_config import SFTConfig
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
+    "DistillationConfig",
+    "DistillationTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "KTOConfig",

@@ -15,13 +15,22 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from fastrl.trainers import DPOConfig, GRPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig
+from fastrl.trainers import (
+    DistillationConfig,
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+)
 from fastrl.trainers.online_config import REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs" / "migration.md"
 # In the order of the pipelines; TRL 1.16 has no PPOConfig.
 CONFIGS: Mapping[str, type] = {
-    config.__name__: config for config in (SFTConfig, RewardConfig, DPOConfig, KTOConfig, PPOConfig, GRPOConfig)
+    config.__name__: config
+    for config in (SFTConfig, RewardConfig, DPOConfig, KTOConfig, PPOConfig, GRPOConfig, DistillationConfig)
 }
 
 _ROW = r"^\| `(\w+)` \| (`.*?`) \| (.*) \|$"

@@ -1,0 +1,165 @@
+"""Every training command from its configuration to its page, killed and resumed, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fastrl.cli import main
+from fastrl.cli.methods import METHODS
+
+PROMPTS = ["a", "b c", "d e f", "g h i j", "k", "l m", "n o p q r", "s t"]
+# Rows of each kind of data for a prompt.
+DATA = {
+    "prompt-completion": lambda prompt, i: {"prompt": prompt, "completion": f"{i} {i}"},
+    "preference": lambda prompt, i: {"prompt": prompt, "chosen": f"{i} {i}", "rejected": "9"},
+    "unpaired": lambda prompt, i: {"prompt": prompt, "completion": f"{i} {i}", "label": i % 2 == 0},
+    "prompt-only": lambda prompt, i: {"prompt": prompt, "answer": str(i)},
+}
+# Command -> its data, and what it needs besides.
+COMMANDS = {
+    "sft": ("prompt-completion", ""),
+    "reward": ("preference", ""),
+    "dpo": ("preference", ""),
+    "kto": ("unpaired", ""),
+    "ppo": ("prompt-only", "reward_funcs: [judge.counts_letters]\nresponse_length: 4\nstop_token: eos\n"),
+    "grpo": (
+        "prompt-only",
+        "reward_funcs: [judge.counts_letters]\nnum_generations: 2\nmax_completion_length: 4\n",
+    ),
+    "distill": ("prompt-only", "teacher_model_name_or_path: teacher\nmax_completion_length: 4\n"),
+}
+
+
+@pytest.fixture
+def configured(project: Path, model_folder: Path) -> Path:
+    """A configuration per command, and a folder of data per kind."""
+    for kind, row in DATA.items():
+        (project / kind).mkdir()
+        lines = [json.dumps(row(prompt, i)) + "\n" for i, prompt in enumerate(PROMPTS)]
+        (project / kind / "train.jsonl").write_text("".join(lines))
+        (project / kind / "test.jsonl").write_text("".join(lines[:4]))
+    teacher = AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(3)
+    teacher.save_pretrained(project / "teacher")
+    for command, (kind, more) in COMMANDS.items():
+        (project / f"{command}.yaml").write_text(
+            f"""
+model_name_or_path: {model_folder}
+dataset_name: {kind}
+output_dir: out
+max_steps: 2
+per_device_train_batch_size: 4
+per_device_eval_batch_size: 4
+eval_strategy: steps
+eval_steps: 2
+learning_rate: 1e-2
+lr_scheduler_type: constant
+logging_steps: 1
+save_steps: 1
+report_to: none
+report: []
+{more}"""
+        )
+    return project
+
+
+def test_there_is_a_run_of_every_command() -> None:
+    assert [method.name for method in METHODS] == list(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_trains_evaluates_and_saves(configured, command, model_folder, capsys):
+    assert main([command, "--config", f"{command}.yaml"]) == 0, capsys.readouterr().err
+    out = configured / "out"
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evaluations = [entry for entry in history if "eval_runtime" in entry]
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
+    assert [entry["step"] for entry in evaluations] == [2]
+    assert json.loads((out / "run.json").read_text())["settings"]["dataset_name"] == COMMANDS[command][0]
+    assert (out / "model.safetensors").read_bytes() != (model_folder / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main([command, "--config", f"{command}.yaml"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main([command, "--config", f"{command}.yaml", "--resume"]) == 0
+    assert "this run is finished" in capsys.readouterr().err
+
+
+def test_page_of_the_run_is_written_unless_told_otherwise(configured, capsys):
+    assert all("curves" in method.script().report for method in METHODS)
+    assert main(["sft", "--config", "sft.yaml", "--report", "curves"]) == 0
+    assert "<svg" in (configured / "out" / "report" / "report.html").read_text()
+    assert "out/report/report.html" in capsys.readouterr().out
+
+
+def test_killed_run_resumes_to_the_same_model(configured, capsys):
+    words = ["dpo", "--config", "dpo.yaml", "--max_steps", "24", "--eval_strategy", "no", "--save_steps", "3"]
+    assert main([*words, "--output_dir", "whole"]) == 0
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    process = subprocess.Popen([sys.executable, "-m", "fastrl", *words], env={**os.environ, "PYTHONPATH": path})
+    try:
+        end = time.monotonic() + 120
+        while not list(configured.glob("out/checkpoint-[6-9]")) and time.monotonic() < end:
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (configured / "out" / "model.safetensors").exists(), "it was finished before the kill"
+    capsys.readouterr()
+    assert main([*words, "--resume"]) == 0
+    assert "resuming from out/checkpoint-" in capsys.readouterr().err
+    whole, resumed = (configured / folder / "model.safetensors" for folder in ("whole", "out"))
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_adapter_with_the_arguments_of_a_trl_script(configured):
+    words = ["--use_peft", "true", "--lora_r", "2", "--lora_modules_to_save", "score"]
+    assert main(["reward", "--config", "reward.yaml", *words]) == 0
+    config = json.loads((configured / "out" / "adapter_config.json").read_text())
+    assert config["r"] == 2 and config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["score"]
+
+
+def test_generated_data_by_name(configured, model_folder):
+    config = "{size: 8, eval_size: 4, prompt: '{a} {b}', completion: '{answer}'}"
+    words = ["--dataset_name", "arithmetic:preference", "--dataset_config", config]
+    assert main(["dpo", "--config", "dpo.yaml", *words]) == 0
+
+
+@pytest.mark.parametrize(
+    "command, words, message",
+    [
+        ("sft", "--learning_rte 1", "--learning_rte: unknown option; did you mean '--learning_rate'?"),
+        ("sft", "--dataset_name gone.jsonl", "dataset_name: there is no file gone.jsonl"),
+        ("sft", "--dataset_name preference --dataset_test_split held", "dataset_test_split: preference has no split"),
+        ("sft", "--dataset_name prompt-only", "prompt-only rows"),
+        ("reward", "--dataset_name prompt-only", "'rejected'"),
+        ("reward", "--loss_type sigmoid", "loss_type"),
+        ("dpo", "--dataset_name prompt-completion", "'chosen'"),
+        ("dpo", "--beta 0.1 --loss_type orpoo", "loss_type"),
+        ("kto", "--dataset_name prompt-only", "'label'"),
+        ("ppo", "--reward_funcs []", "reward_model: expected a model"),
+        ("ppo", "--num_mini_batches 3", "num_mini_batches"),
+        ("grpo", "--reward_funcs []", "missing: reward_funcs or reward_model_name_or_path"),
+        ("grpo", "--dataset_name arithmetic:prompts --dataset_config {size:_4}", "format: expected one of prompt-only"),
+        ("grpo", "--reward_model_name_or_path gone", "gone"),
+        ("distill", "--teacher_model_name_or_path null", "teacher_model"),
+        ("distill", "--model_name_or_path tiny:other", "the only model of this kind is tiny:arithmetic"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(configured, command, words, message, capsys):
+    arguments = [word.replace("_4", " 4") for word in words.split(" ")]
+    assert main([command, "--config", f"{command}.yaml", *arguments]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"fastrl {command}: ") and message in last, last
