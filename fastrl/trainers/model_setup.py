@@ -23,13 +23,14 @@ def load_model(
 ) -> Any:
     """The model itself, or the one `auto_class` finds at a path or hub id.
 
+    In float32 if `model_init_kwargs` does not say otherwise, as in TRL: small steps are lost in bf16 weights.
+
     Raises:
         TypeError: neither a path nor a transformers or PEFT model.
     """
     if isinstance(model, str):
-        return auto_class.from_pretrained(
-            model, **{"trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
-        )
+        settings = {"trust_remote_code": trust_remote_code, "dtype": "float32", **(model_init_kwargs or {})}
+        return auto_class.from_pretrained(model, **settings)
     if not isinstance(model, PreTrainedModel) and not is_peft_model(model):
         raise TypeError(f"model: expected a path or a transformers model, got {type(model).__name__}")
     if model_init_kwargs:

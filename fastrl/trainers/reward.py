@@ -143,7 +143,7 @@ class RewardTrainer(OfflineTrainer):
         auto_class = AutoModelForTokenClassification if steps else AutoModelForSequenceClassification
         kwargs = args.model_init_kwargs
         if isinstance(model, str):
-            kwargs = {"dtype": "float32", "num_labels": 2 if steps else 1, **(kwargs or {})}
+            kwargs = {"num_labels": 2 if steps else 1, **(kwargs or {})}
         policy = model_setup.load_model(model, kwargs, args.trust_remote_code, auto_class)
         name, kind = type(innermost_causal_lm(policy)).__name__, "Token" if steps else "Sequence"
         if not name.endswith(f"For{kind}Classification"):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import fastrl
 from fastrl.rollout import Completions, SamplingParams
-from fastrl.trainers import GRPOTrainer
+from fastrl.trainers import GRPOTrainer, model_setup
 
 Make = Callable[..., GRPOTrainer]
 
@@ -422,3 +422,9 @@ def test_an_engine_that_loses_completions_is_an_error(make_trainer: Make) -> Non
 
     with pytest.raises(RuntimeError, match="the rollout engine gave 7 completions for 8 prompts"):
         make_trainer(trainer_arguments={"rollout_engine": Lossy()}).train()
+
+
+def test_a_path_is_loaded_in_float32_as_by_trl(tmp_path: Path) -> None:
+    tiny_model().bfloat16().save_pretrained(tmp_path)
+    assert model_setup.load_model(str(tmp_path), None, False).dtype == torch.float32
+    assert model_setup.load_model(str(tmp_path), {"dtype": "bfloat16"}, False).dtype == torch.bfloat16
