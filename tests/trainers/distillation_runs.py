@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from tiny_runs import make_tokenizer, tiny_model
+from tiny_runs import GradientRecorder, ScriptedEngine, make_tokenizer, tiny_model
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrl.trainers.distillation import DistillationTrainer
@@ -53,3 +54,20 @@ def make_distillation(
         Dataset.from_dict({"prompt": PROMPTS, "completion": COMPLETIONS}) if rows is None else rows,
         **{"processing_class": make_tokenizer(), **(arguments or {})},
     )
+
+
+def mixed_steps(folder: Path, batch: int) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
+    """Gradients and logs of four optimizer steps, of which the student's own completions are taken in the second."""
+    recorder = GradientRecorder()
+    trainer = make_distillation(
+        folder,
+        per_device_train_batch_size=batch,
+        max_steps=4,
+        lmbda=0.5,
+        seed=6,
+        max_grad_norm=0.0,
+        learning_rate=1e-3,
+        arguments={"rollout_engine": ScriptedEngine(), "callbacks": [recorder]},
+    )
+    trainer.train()
+    return recorder.grads, trainer.state.log_history[:-1]

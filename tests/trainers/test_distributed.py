@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import distillation_runs
 import dpo_runs
 import ppo_runs
 import pytest
@@ -97,6 +98,17 @@ def test_ppo_whitens_and_normalizes_over_processes(tmp_path: Path, found: dict[s
     for want, got in zip(logs, found["ppo"]["logs"], strict=True):
         for name in want.keys() & names:
             assert got[name] == pytest.approx(want[name], rel=1e-3, abs=1e-6), name
+
+
+def test_distillation_is_normalized_over_processes(tmp_path: Path, found: dict[str, Any]) -> None:
+    """Both take the same rollouts from the student, and divide by the tokens of both."""
+    grads, logs = distillation_runs.mixed_steps(tmp_path, batch=8)
+    assert [log["on_policy"] for log in logs] == [0.0, 1.0, 0.0, 0.0]
+    for want, got in zip(grads, found["distillation"]["grads"], strict=True):
+        dpo_runs.assert_same_gradients(got, want)
+    for want, got in zip(logs, found["distillation"]["logs"], strict=True):
+        for name in ("loss", "on_policy", "num_tokens", "completions/mean_length"):
+            assert got[name] == pytest.approx(want[name], rel=1e-4), name
 
 
 def test_fsdp2_scores_with_a_sharded_head(found: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import distillation_runs
 import dpo_runs
 import ppo_runs
 import reward_runs
@@ -141,6 +142,8 @@ if __name__ == "__main__":
     found["rewards"] = rankings(run / "rewards", batch=2)
     grads, logs = ppo_runs.two_rollouts(run / "ppo", per_device_train_batch_size=4)
     found["ppo"] = {"grads": [without_prefix(step) for step in grads], "logs": logs}
+    grads, logs = distillation_runs.mixed_steps(run / "distillation", batch=4)
+    found["distillation"] = {"grads": [without_prefix(step) for step in grads], "logs": logs}
     if dist.get_rank() == 0:
         torch.save(found, run / "found.pt")
     dist.destroy_process_group()
