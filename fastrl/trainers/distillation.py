@@ -64,6 +64,8 @@ class DistillationTrainer(OnlineTrainer):
         them is only padded: give the smaller one `resize_token_embeddings`.
       - Streamed datasets, images and tools are not supported.
 
+    The student's entropy, a metric of TRL's, takes another forward of its head: 2NDV FLOPs beside the loss's 8NDV.
+
     Raises:
         TypeError, ValueError: an argument that cannot work, named; see `DistillationConfig`, `PromptDataset`.
     """
@@ -114,6 +116,8 @@ class DistillationTrainer(OnlineTrainer):
             rollout_engine=rollout_engine,
             ref_model=self._load_teacher(teacher_model),
         )
+        if self.is_fsdp_enabled:
+            raise ValueError("fsdp: not supported with distillation, which reads the teacher's head; DDP is")
         teacher = self.teacher
         sizes = [m.config.get_text_config().vocab_size for m in (self.accelerator.unwrap_model(self.model), teacher)]
         if sizes[0] != sizes[1]:
