@@ -36,7 +36,7 @@ class DistillationTrainer(OnlineTrainer):
         lmbda = 0       those of the dataset, or with `seq_kd` sampled by the teacher: off-policy distillation
         between         of a share `lmbda` of the rollouts the former, of the others the latter: TRL's `GKDTrainer`
 
-    An evaluation does the same where `lmbda` is 1 or there is `seq_kd`, and else takes the dataset's completions.
+    An evaluation is on the student's samples with `lmbda` 1 or `seq_kd`, and else on the dataset's completions.
 
     Args:
         model: the student: a path, a transformers causal LM, or one under PEFT.
