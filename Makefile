@@ -2,6 +2,7 @@
 # extension. A second call re-uses all of it.
 #
 #   make demo           GRPO on a real language model, about ten minutes on two CPU cores
+#   make examples       every pipeline: SFT, reward model, PPO; rejection sampling; DPO; GRPO and Dr. GRPO; evaluation
 #   make test           every backend against the fp64 reference
 #   make test-full      the exhaustive sweeps too
 #   make test-triton36  the Triton kernels under triton 3.6
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-full test-triton36 test-vllm bench lint clean
+.PHONY: demo examples test test-full test-triton36 test-vllm bench lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch.done:
@@ -41,6 +42,24 @@ $(VENV)/build.done: $(VENV)/packages.done $(SOURCES)
 demo: $(VENV)/build.done
 	@echo "== GRPO on SmolLM2-135M-Instruct"
 	$(BIN)/fastrl grpo --config examples/grpo_smollm2.yaml --resume
+
+examples: demo
+	@echo "== SFT, reward model, PPO on a tiny model"
+	$(BIN)/fastrl sft --config examples/sft_tiny.yaml --resume
+	$(BIN)/fastrl reward --config examples/reward_tiny.yaml --resume
+	$(BIN)/fastrl ppo --config examples/ppo_tiny.yaml --resume
+	@echo "== best of n and votes"
+	$(BIN)/fastrl eval --config examples/eval_tiny.yaml
+	@echo "== rejection-sampling fine-tuning"
+	$(BIN)/fastrl sample --config examples/sample_tiny.yaml --best-of 16
+	$(BIN)/fastrl sft --config examples/rejection_tiny.yaml --resume
+	$(BIN)/fastrl eval --config examples/eval_tiny.yaml --model_name_or_path runs/sft_rejection_tiny \
+		--output_dir runs/eval_rejection_tiny
+	@echo "== DPO on SmolLM2-135M-Instruct"
+	$(BIN)/fastrl dpo --config examples/dpo_smollm2.yaml --resume
+	$(BIN)/python examples/dpo_likelihood.py
+	@echo "== Dr. GRPO on SmolLM2-135M-Instruct"
+	$(BIN)/fastrl grpo --config examples/dr_grpo_smollm2.yaml --resume
 
 test: $(VENV)/build.done
 	@echo "== tests"

@@ -18,11 +18,13 @@ from fastrl.suggestions import did_you_mean
 
 OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub}
 
-ERRORS = tuple(error for error in range(-12, 13) if error)  # of near misses
+# Of wrong answers: in the last digit, or in the one before it.
+ERRORS = tuple(sign * size for size in (*range(1, 10), *range(10, 100, 10)) for sign in (1, -1))
+MOST_WRONG = 18  # of them leave the sign of every answer as it is
 
 
 class Problem(NamedTuple):
-    """A question; its answer, and the near misses that one might answer instead."""
+    """A question; its answer, and what one might answer instead."""
 
     a: int
     operator: str
@@ -33,8 +35,10 @@ class Problem(NamedTuple):
         return OPERATORS[self.operator](self.a, self.b)
 
     def wrong_answers(self, count: int, generator: random.Random) -> list[int]:
-        """Near misses, all different."""
-        return [self.answer() + error for error in generator.sample(ERRORS, count)]
+        """Different ones of the right sign, with an error in one digit but for the carry."""
+        answer = self.answer()
+        errors = [error for error in ERRORS if (answer + error >= 0) == (answer >= 0)]
+        return [answer + error for error in generator.sample(errors, count)]
 
 
 def _preference(right: Any, wrong: Any, generator: random.Random) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def arithmetic_dataset(
         operators: some of "+" and "-".
         prompt: template with {a}, {operator} and {b}; "{a:02d}" has two digits always.
         completion: template with {answer}.
-        wrong_answers: rows per problem in "preference", each with another wrong answer, 24 at most.
+        wrong_answers: rows per problem in "preference", each with another wrong answer, 18 at most.
         conversational: prompts and completions are lists of messages if True, otherwise plain strings.
         system_prompt, examples: see `reasoning_gym_dataset` (conversational only).
 
@@ -96,8 +100,8 @@ def arithmetic_dataset(
         raise TaskError(f"digits: expected 1, 2 or 3 for each of the two numbers, got {digits!r}")
     if not operators or set(operators) - set(OPERATORS):
         raise TaskError(f"operators: expected some of {', '.join(OPERATORS)}, got {operators!r}")
-    if not 1 <= wrong_answers <= len(ERRORS) or (wrong_answers > 1 and form != "preference"):
-        raise TaskError(f"wrong_answers: expected 1, in a preference dataset up to {len(ERRORS)}, got {wrong_answers}")
+    if not 1 <= wrong_answers <= MOST_WRONG or (wrong_answers > 1 and form != "preference"):
+        raise TaskError(f"wrong_answers: expected 1, in a preference dataset up to {MOST_WRONG}, got {wrong_answers}")
     if size < 1 or eval_size < 0:
         raise TaskError(f"size must be at least 1 and eval_size at least 0, got {size} and {eval_size}")
     before = turns_before(system_prompt, examples, conversational)

@@ -22,7 +22,9 @@ def test_formats_hold_the_same_problems_and_true_answers():
         assert all(made[form][split]["prompt"] == prompts for form in made)
         for row in made["preference"][split]:
             assert int(row["chosen"]) == int(row["answer"]) == right(row["prompt"])
-            assert 1 <= abs(int(row["rejected"]) - right(row["prompt"])) <= 12
+            wrong = int(row["rejected"])
+            assert 1 <= abs(wrong - right(row["prompt"])) <= 90
+            assert (wrong >= 0) == (right(row["prompt"]) >= 0)
     data = made["prompt-only"]
     assert not set(data["train"]["prompt"]) & set(data["test"]["prompt"])
     assert {"+", "-"} <= set("".join(data["test"]["prompt"]))
@@ -38,9 +40,8 @@ def test_labels_of_unpaired_rows_are_true():
 
 
 def test_several_wrong_answers_differ():
-    rows = arithmetic_dataset("preference", size=10, digits=(2, 1), wrong_answers=6)["train"]
-    assert len(rows) == 60
-    assert len({(row["prompt"], row["rejected"]) for row in rows}) == 60
+    rows = arithmetic_dataset("preference", size=10, digits=(2, 1), operators=["-"], wrong_answers=18)["train"]
+    assert len({(row["prompt"], row["rejected"]) for row in rows}) == len(rows) == 180
 
 
 def test_templates_and_conversations():
@@ -67,7 +68,7 @@ def test_templates_and_conversations():
         ("preference", {"operators": ["*"]}, "operators"),
         ("preference", {"size": 0}, "size"),
         ("preference", {"size": 101, "digits": (1, 1)}, "there are only 100"),
-        ("preference", {"wrong_answers": 25}, "wrong_answers"),
+        ("preference", {"wrong_answers": 19}, "wrong_answers"),
         ("prompt-only", {"wrong_answers": 2}, "wrong_answers"),
         ("prompt-only", {"prompt": "{c}"}, "prompt: '{c}' may use {a}, {operator}, {b}"),
         ("prompt-only", {"system_prompt": "Add."}, "conversational"),
