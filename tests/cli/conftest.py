@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with `run.yaml`, prompts and `judge.py`, the module of the reward functions."""
+    monkeypatch.delitem(sys.modules, "judge", raising=False)  # another test's
+    monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "judge.py").write_text(REWARDS)
     prompts = ["a", "b c", "d e f", "g h i j", "k", "l m", "n o p q r", "s t"]
     rows = [{"prompt": prompt, "answer": str(index)} for index, prompt in enumerate(prompts)]
