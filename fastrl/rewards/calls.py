@@ -39,7 +39,7 @@ class CallRunner:
             device and grad mode.
 
     Async functions run concurrently, on one event loop that lives as long as the runner (clients that keep connections
-    depend on it), unless a function blocked it past its limit; then there is a new one.
+    depend on it), unless a function blocks it past its limit: from then on each call has a loop of its own.
 
     Raises:
         ValueError: timeout or workers is not positive.
@@ -51,7 +51,8 @@ class CallRunner:
         if workers < 1:
             raise ValueError(f"reward_workers: expected at least 1, got {workers}")
         self.timeout, self.workers = timeout, workers
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # of all calls
+        self._blocked = False  # a coroutine that does not yield stopped all others: one loop for each call
 
     def run(self, calls: Sequence[Call], what: str) -> list[Any]:
         """The result of each call, or the `Exception` that it raised; `CallTimeoutError` where its time ran out.
@@ -100,7 +101,7 @@ class CallRunner:
                     del running[future]
                     future.cancel()
                     outcomes[index] = CallTimeoutError(f"no result within {self.timeout:g} s")
-                    self._replace_blocked_loop()
+                    self._notice_blocked_loop()
         return outcomes
 
     def _in_thread(self, call: Call) -> Future:
@@ -125,9 +126,9 @@ class CallRunner:
         return future
 
     def _submit(self, awaitable: Awaitable[Any]) -> Future:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="fastrl-reward-loop", daemon=True).start()
+        loop = _running_loop() if self._blocked or self._loop is None else self._loop
+        if not self._blocked:
+            self._loop = loop
 
         async def wait() -> Any:
             try:
@@ -137,16 +138,24 @@ class CallRunner:
             except BaseException as error:  # returned: SystemExit, say, would end the loop before anyone heard of it
                 return error
 
-        return asyncio.run_coroutine_threadsafe(wait(), self._loop)
+        future = asyncio.run_coroutine_threadsafe(wait(), loop)
+        if self._blocked:
+            future.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
+        return future
 
-    def _replace_blocked_loop(self) -> None:
-        """A coroutine that does not yield stops all others, too: the next ones get a loop of their own."""
-        if self._loop is None:
+    def _notice_blocked_loop(self) -> None:
+        if self._blocked or self._loop is None:
             return
         try:
             asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(timeout=1.0)
         except concurrent.futures.TimeoutError:
-            self._loop = None
+            self._blocked = True
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="fastrl-reward-loop", daemon=True).start()
+    return loop
 
 
 def _outcome(call: Call, caught: type[BaseException] = Exception) -> Any:

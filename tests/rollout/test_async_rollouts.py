@@ -184,7 +184,7 @@ def test_ctrl_c_while_waiting_leaves_no_thread_behind() -> None:
         rollouts.submit([[0]], 1, SAMPLING)
         rollouts.submit([[1]], 1, SAMPLING)
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-        threading.Timer(0.4, engine.gate.set).start()
+        threading.Timer(2.0, engine.gate.set).start()
         rollouts.get()
     assert not any(thread.name == "fastrl-rollouts" for thread in threading.enumerate())
     assert len(engine.seeds) == 1  # the batch that had not begun was dropped
