@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -177,7 +177,15 @@ def test_engine_on_the_trained_parameters_is_refused_and_one_on_a_copy_works() -
         assert rollouts.get().completions == engine.generate([[6, 7]], 2, sampling)
 
 
-def test_ctrl_c_while_waiting_leaves_no_thread_behind() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that a shell starts in the background ignores SIGINT, and so does Python in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_waiting_leaves_no_thread_behind(interruptible: None) -> None:
     engine = SlowEngine()
     engine.gate.clear()
     with pytest.raises(KeyboardInterrupt), AsyncRollouts(engine, MODEL, max_staleness=2) as rollouts:
