@@ -72,8 +72,8 @@ class PPOTrainer(OnlineTrainer):
         the micro-batches' means. Whitening is over the rollout of all processes.
       - The score is on the completion's last token; TRL puts it on the padding after it, which then has a value too.
       - Mini-batches stay the same in all epochs over a rollout; TRL draws them anew.
-      - Reward models see the text of prompt and completion, without special tokens. A completion without any score is
-        left out of the loss.
+      - Reward models see prompt and completion as `RewardTrainer` showed them, others the text without special tokens.
+        A completion without any score is left out of the loss.
 
     Raises:
         TypeError, ValueError: an argument that cannot work, named; see `PPOConfig`, `PromptDataset`, `RewardRunner`.
