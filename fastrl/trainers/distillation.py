@@ -13,6 +13,7 @@ from fastrl.integrations import LMHead
 from fastrl.objectives import DistillationOutput, linear_distillation_loss
 from fastrl.rollout import Completions, RolloutEngine, TransformersEngine
 from fastrl.trainers import model_setup
+from fastrl.trainers.arguments import refuse_given
 from fastrl.trainers.distillation_config import DistillationConfig
 from fastrl.trainers.micro_batches import MicroBatch
 from fastrl.trainers.online import OnlineTrainer
@@ -93,12 +94,12 @@ class DistillationTrainer(OnlineTrainer):
         args = DistillationConfig() if args is None else args
         if not isinstance(args, DistillationConfig):
             raise TypeError(f"args: expected a fastrl.DistillationConfig, got {type(args).__name__}")
-        for name, (given, reason) in {
-            "quantization_config": (quantization_config, "put it into args.model_init_kwargs"),
-            "tools": (tools, "completions are sampled in one go, without calls in between"),
-        }.items():
-            if given is not None:
-                raise ValueError(f"{name}: not supported, expected None: {reason}")
+        refuse_given(
+            {
+                "quantization_config": (quantization_config, "put it into args.model_init_kwargs"),
+                "tools": (tools, "completions are sampled in one go, without calls in between"),
+            }
+        )
         if teacher_model is model and not isinstance(model, str):
             raise ValueError("teacher_model: expected a model of its own, got the student itself")
         train_dataset, eval_dataset = split_conversations(train_dataset), split_conversations(eval_dataset)

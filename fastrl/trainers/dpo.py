@@ -25,6 +25,7 @@ from fastrl.objectives import (
 )
 from fastrl.objectives.pairs import PairObjective
 from fastrl.trainers import model_setup
+from fastrl.trainers.arguments import refuse_given
 from fastrl.trainers.dpo_config import DPOConfig, KTOConfig, needs_reference
 from fastrl.trainers.offline import OfflineTrainer, PassOutput
 from fastrl.trainers.packing import Pass
@@ -100,9 +101,7 @@ class DPOTrainer(OfflineTrainer):
             "compute_metrics": (compute_metrics, "it needs the logits"),
             "quantization_config": (quantization_config, "put it into args.model_init_kwargs"),
         }
-        for name, (value, why) in refused.items():
-            if value is not None:
-                raise ValueError(f"{name}: not supported: {why}")
+        refuse_given(refused)
         if ref_model is not None and not isinstance(ref_model, PreTrainedModel):
             raise TypeError(f"ref_model: expected a transformers model, got {type(ref_model).__name__}")
         if ref_model is model:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from fastrl.objectives import AdaptiveEntropy, PolicyObjective, RolloutCorrection, combine_rewards, compute_advantages
 from fastrl.rollout import RolloutEngine
 from fastrl.trainers import model_setup
+from fastrl.trainers.arguments import refuse_given
 from fastrl.trainers.dynamic_sampling import GroupRefill
 from fastrl.trainers.grpo_config import GRPOConfig
 from fastrl.trainers.metrics import reward_metrics
@@ -110,14 +111,14 @@ class GRPOTrainer(OnlineTrainer):
         args = GRPOConfig() if args is None else args
         if not isinstance(args, GRPOConfig):
             raise TypeError(f"args: expected a fastrl.GRPOConfig, got {type(args).__name__}")
-        for name, (given, reason) in {
-            "quantization_config": (quantization_config, "put it into args.model_init_kwargs"),
-            "tools": (tools, "completions are sampled in one go, without calls in between"),
-            "rollout_func": (rollout_func, "pass a rollout_engine, which is given token ids"),
-            "environment_factory": (environment_factory, "as tools"),
-        }.items():
-            if given is not None:
-                raise ValueError(f"{name}: not supported, expected None: {reason}")
+        refuse_given(
+            {
+                "quantization_config": (quantization_config, "put it into args.model_init_kwargs"),
+                "tools": (tools, "completions are sampled in one go, without calls in between"),
+                "rollout_func": (rollout_func, "pass a rollout_engine, which is given token ids"),
+                "environment_factory": (environment_factory, "as tools"),
+            }
+        )
         self.objective: PolicyObjective = args.objective()
         self.correction = args.correction() if correction is None else correction
         if correction is not None and args.old_logps_from_engine:

@@ -18,6 +18,7 @@ from fastrl.data.token_rows import TokenRow, TokenRows, check_datasets, tokenize
 from fastrl.integrations import LMHead, patch_model, router_loss, router_loss_coef
 from fastrl.trainers import model_setup
 from fastrl.trainers.activation_offloading import OffloadedActivations
+from fastrl.trainers.arguments import refuse_launch
 from fastrl.trainers.checkpointing import ResumableTrainer
 from fastrl.trainers.metrics import MetricStore, MetricSums
 from fastrl.trainers.offline_config import OfflineConfig
@@ -124,10 +125,7 @@ class OfflineTrainer(ResumableTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        if args.n_gpu > 1:
-            raise ValueError("several GPUs in one process (DataParallel) are not supported: use torchrun or accelerate")
-        if self.is_deepspeed_enabled:
-            raise ValueError("DeepSpeed is not supported yet")
+        refuse_launch(self)
         self.progress = use_progress(self)
         self.patches = [self.patch(policy)]
         # Under FSDP every process must run the model equally often.

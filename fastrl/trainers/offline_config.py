@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
+
+from fastrl.trainers.arguments import fill_in_defaults
 
 
 @dataclass
@@ -77,13 +78,7 @@ class OfflineConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        # transformers 5.23 renamed gradient_checkpointing, warns about the old name, and mirrors one to the other.
-        if self.activation_checkpointing is None:
-            self.activation_checkpointing = True if self.gradient_checkpointing is None else self.gradient_checkpointing
-        if self.activation_checkpointing_kwargs is None:
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        fill_in_defaults(self)
         super().__post_init__()
         self._refuse_unsupported()
         self._require("max_length", self.max_length is None or self.max_length >= 1, "None or at least 1")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
 
 from fastrl.objectives import RolloutCorrection
 from fastrl.rollout import SamplingParams, check_engine_args, engine_kwargs
+from fastrl.trainers.arguments import fill_in_defaults
 
 # Arguments of TRL's whose every other value than this, the default, is refused, and why.
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -192,13 +192,7 @@ class OnlineConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        # transformers 5.23 renamed gradient_checkpointing, warns about the old name, and mirrors one to the other.
-        if self.activation_checkpointing is None:
-            self.activation_checkpointing = True if self.gradient_checkpointing is None else self.gradient_checkpointing
-        if self.activation_checkpointing_kwargs is None:
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        fill_in_defaults(self)
         super().__post_init__()
         self._refuse_unsupported()
         self._check_values()

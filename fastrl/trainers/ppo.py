@@ -22,6 +22,7 @@ from fastrl.objectives import (
 )
 from fastrl.rollout import RolloutEngine
 from fastrl.trainers import model_setup
+from fastrl.trainers.arguments import refuse_given
 from fastrl.trainers.metrics import reward_metrics
 from fastrl.trainers.micro_batches import MicroBatch
 from fastrl.trainers.online import OnlineTrainer
@@ -104,8 +105,7 @@ class PPOTrainer(OnlineTrainer):
         if not isinstance(args, PPOConfig):
             raise TypeError(f"args: expected a fastrl.PPOConfig, got {type(args).__name__}")
         model = args.sft_model_path if model is None else model
-        if data_collator is not None:
-            raise ValueError("data_collator: not supported, expected None: prompts are laid out here")
+        refuse_given({"data_collator": (data_collator, "prompts are laid out here")})
         if model is None:
             raise ValueError("model: expected a model, or its path in args.sft_model_path")
         if ref_model is model and not isinstance(model, str):

@@ -33,6 +33,7 @@ from fastrl.objectives.reward_model import (
 from fastrl.objectives.score_head import row_scores
 from fastrl.rewards.model import COMPLETE_TEXTS
 from fastrl.trainers import model_setup
+from fastrl.trainers.arguments import refuse_given
 from fastrl.trainers.metrics import MetricRange
 from fastrl.trainers.offline import OfflineTrainer, PassOutput
 from fastrl.trainers.packing import Pass
@@ -112,9 +113,7 @@ class RewardTrainer(OfflineTrainer):
             "preprocess_logits_for_metrics": (preprocess_logits_for_metrics, "evaluation keeps no scores"),
             "quantization_config": (quantization_config, "put it into args.model_init_kwargs"),
         }
-        for name, (value, why) in refused.items():
-            if value is not None:
-                raise ValueError(f"{name}: not supported: {why}")
+        refuse_given(refused)
         super().__init__(
             model=model,
             args=args,

@@ -13,6 +13,7 @@ from fastrl.integrations import LMHead, patch_model, router_loss, router_loss_co
 from fastrl.objectives import CorrectedRollouts, RolloutCorrection, rollout_correction
 from fastrl.rollout import RolloutEngine, TransformersEngine, make_engine
 from fastrl.trainers import model_setup
+from fastrl.trainers.arguments import refuse_launch
 from fastrl.trainers.completion_log import CompletionLog
 from fastrl.trainers.online_config import OnlineConfig
 from fastrl.trainers.packing import Packer, Pass
@@ -91,10 +92,7 @@ class SamplingTrainer(PromptTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
-            raise ValueError("several GPUs in one process (DataParallel) are not supported: use torchrun or accelerate")
-        if self.is_deepspeed_enabled:
-            raise ValueError("DeepSpeed is not supported yet")
+        refuse_launch(self)
         self.model_accepts_loss_kwargs = False
         self.patches = [patch_model(policy)]
         if self.reference is not None:

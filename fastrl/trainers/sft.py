@@ -16,6 +16,7 @@ from fastrl.data.token_rows import TokenRow, TokenRows, token_row
 from fastrl.integrations import LMHead
 from fastrl.objectives import LossOutput, linear_sft_loss
 from fastrl.trainers import model_setup
+from fastrl.trainers.arguments import refuse_given
 from fastrl.trainers.offline import OfflineTrainer, PassOutput
 from fastrl.trainers.packing import Pass
 from fastrl.trainers.row_batch import RowBatch
@@ -79,9 +80,7 @@ class SFTTrainer(OfflineTrainer):
             "preprocess_logits_for_metrics": (preprocess_logits_for_metrics, "there are no logits"),
             "quantization_config": (quantization_config, "put it into args.model_init_kwargs"),
         }
-        for name, (value, why) in refused.items():
-            if value is not None:
-                raise ValueError(f"{name}: not supported: {why}")
+        refuse_given(refused)
         if formatting_func is not None and args is not None and args.completion_only_loss:
             raise ValueError(
                 "formatting_func: makes texts without a completion, so completion_only_loss=True cannot be met; leave "

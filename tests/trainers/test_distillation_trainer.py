@@ -307,7 +307,7 @@ def test_arguments_that_cannot_work(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train_dataset: no column 'completion', which lmbda 0\.5"):
         make_distillation(tmp_path, rows=rows, lmbda=0.5)
     for name in ("quantization_config", "tools"):
-        with pytest.raises(ValueError, match=f"^{name}: not supported, expected None"):
+        with pytest.raises(ValueError, match=f"^{name}: not supported: "):
             make_distillation(tmp_path, arguments={name: [print]})
     late = [{"prompt": p, "completion": c} for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     late[3]["completion"] = None  # type: ignore[assignment]

@@ -1,0 +1,33 @@
+"""What all trainers and their configs do alike with arguments: defaults that depend on others, and refusals."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+
+def fill_in_defaults(args: TrainingArguments) -> None:
+    """bf16 where the GPU has it, and TRL's gradient checkpointing; before TrainingArguments' own `__post_init__`."""
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and not args.use_cpu and is_torch_bf16_gpu_available()
+    # transformers 5.23 renamed gradient_checkpointing, warns about the old name, and mirrors one to the other.
+    if args.activation_checkpointing is None:
+        args.activation_checkpointing = True if args.gradient_checkpointing is None else args.gradient_checkpointing
+    if args.activation_checkpointing_kwargs is None:
+        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
+
+
+def refuse_given(arguments: Mapping[str, tuple[Any, str]]) -> None:
+    """Raises ValueError for the first argument, name -> (value, why it is not supported), that is not None."""
+    for name, (value, why) in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name}: not supported: {why}")
+
+
+def refuse_launch(trainer: Trainer) -> None:
+    """Raises ValueError where the trainer was launched in a way that the packed passes do not work with."""
+    if trainer.args.n_gpu > 1:
+        raise ValueError("several GPUs in one process (DataParallel) are not supported: use torchrun or accelerate")
+    if trainer.is_deepspeed_enabled:
+        raise ValueError("DeepSpeed is not supported yet")
