@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastrl.cli import bench, doctor, eval, plot, sample, train
+from fastrl.cli import bench, doctor, eval, plot, sample, train, vllm_serve
 from fastrl.cli.errors import UserError
 
 
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_parsers(commands)
     eval.add_parser(commands)
     sample.add_parser(commands)
+    vllm_serve.add_parser(commands)
     plot.add_parser(commands)
     bench.add_parser(commands)
     doctor.add_parser(commands)

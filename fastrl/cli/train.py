@@ -120,7 +120,7 @@ def _train(
     trainer.record.settings = asdict(script)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ConnectionError) as error:
         if not raised_by_fastrl(error):
             raise
         raise UserError(f"{error}{_place_of(error.__cause__)}") from error

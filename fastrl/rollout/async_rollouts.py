@@ -134,6 +134,12 @@ class AsyncRollouts:
             self.engine.sync_weights(model)
             self.version += 1
 
+    def refresh(self, model: nn.Module) -> None:
+        """The same ahead of time, for a `generate` between two updates (an evaluation): no update is counted, since
+        `sync_weights` with these very weights comes next."""
+        with self._between_batches():
+            self.engine.sync_weights(model)
+
     @contextmanager
     def _between_batches(self) -> Iterator[None]:
         with self._changed:

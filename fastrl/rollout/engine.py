@@ -60,6 +60,13 @@ class RolloutEngine(Protocol):
         ...
 
 
+def model_sizes(config: Any) -> dict[str, Any]:
+    """What two models must have in common for one to take the other's weights, as far as a configuration tells."""
+    text = config.get_text_config()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {name: getattr(text, name) for name in names if isinstance(getattr(text, name, None), int)}
+
+
 def check_prompts(prompt_ids: Sequence[Sequence[int]]) -> None:
     """Refuses a prompt without tokens.
 

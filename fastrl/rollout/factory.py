@@ -14,11 +14,12 @@ from fastrl.rollout.engine import RolloutEngine
 from fastrl.rollout.transformers_engine import TransformersEngine
 from fastrl.rollout.vllm_engine import VLLMEngine
 
-MODES = ("colocate", "server")
-_REFUSED: dict[str, tuple[Any, str]] = {
-    "vllm_enable_sleep_mode": (False, "vLLM's memory is not given back between rollouts"),
-    "vllm_tensor_parallel_size": (1, "the engine runs on one device"),
-    "vllm_group_port": (51216, "weights go to the server over HTTP, not through a process group"),
+_REFUSED: dict[str, dict[str, tuple[Any, str]]] = {  # of each mode; what is the other's has no meaning, as in TRL
+    "colocate": {
+        "vllm_enable_sleep_mode": (False, "vLLM's memory is not given back between rollouts"),
+        "vllm_tensor_parallel_size": (1, "the engine runs on one device"),
+    },
+    "server": {"vllm_group_port": (51216, "weights go to the server over HTTP, not through a process group")},
 }
 
 
@@ -31,11 +32,11 @@ def check_engine_args(args: Any) -> None:
     """
     if not args.use_vllm:
         return
-    if args.vllm_mode not in MODES:
+    if args.vllm_mode not in _REFUSED:
         raise ValueError(f"vllm_mode: expected 'colocate' or 'server', got {args.vllm_mode!r}")
     if _continuous_batching(args) is not None:
         raise ValueError("use_transformers_continuous_batching: vLLM batches in its own way; drop it or use_vllm")
-    for name, (default, reason) in _REFUSED.items():
+    for name, (default, reason) in _REFUSED[args.vllm_mode].items():
         if getattr(args, name) != default:
             raise ValueError(f"{name}: only {default!r} is supported, got {getattr(args, name)!r}: {reason}")
 
@@ -63,11 +64,11 @@ def make_engine(
     Args:
         args: has TRL's arguments, a `GRPOConfig` say.
         model: the policy, or a function that returns it.
-        tokenizer, eos_token_ids, pad_token_id: as for `TransformersEngine`. A server has its own `--eos-token-ids`.
+        tokenizer, eos_token_ids, pad_token_id: as for `TransformersEngine`.
 
     Raises:
         ValueError: see `check_engine_args`. ImportError: vLLM is asked for and not installed.
-        RolloutServerError: no server answers within `vllm_server_timeout` seconds.
+        RolloutServerError: no server answers within `vllm_server_timeout` seconds, or it runs another model.
     """
     check_engine_args(args)
     if not args.use_vllm:
@@ -79,12 +80,15 @@ def make_engine(
             tokenizer=tokenizer,
             continuous_batching=_continuous_batching(args),
         )
+    policy = model if isinstance(model, nn.Module) else model()
     if args.vllm_mode == "server":
         host = "127.0.0.1" if args.vllm_server_host == "0.0.0.0" else args.vllm_server_host
         url = args.vllm_server_base_url or f"http://{host}:{args.vllm_server_port}"
-        return VLLMClientEngine(url, timeout=args.vllm_server_timeout)
+        client = VLLMClientEngine(url, eos_token_ids=eos_token_ids, timeout=args.vllm_server_timeout)
+        client.check_model(policy)
+        return client
     return VLLMEngine(
-        model if isinstance(model, nn.Module) else model(),
+        policy,
         eos_token_ids=eos_token_ids,
         tokenizer=tokenizer,
         dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else None,

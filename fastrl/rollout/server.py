@@ -1,7 +1,8 @@
 """An engine behind HTTP: `RolloutServer` on its machine, `ClientEngine`s in the training processes.
 
-    GET  /health     {"version"}: the number of weight updates so far
-    POST /generate   {"prompt_ids", "num_generations", "sampling"} -> {"ids", "logps", "finish_reasons", "version"}
+    GET  /health     {"version", "model"}: the number of weight updates so far, and the model's sizes
+    POST /generate   {"prompt_ids", "num_generations", "sampling", "eos_token_ids"} -> {"ids", "logps",
+                     "finish_reasons", "version"}; without eos_token_ids those of the engine end a completion
     POST /weights    a chunked body, each chunk one safetensors file of some weights -> {"version"}
 
 Answers are JSON; an error is {"error": message}, with status 400 for what the caller did wrong. There is no
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 class ServableEngine(RolloutEngine, Protocol):
     """An engine that also loads weights by name."""
 
+    eos_token_ids: list[int]  # what ends a completion of the next `generate`
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """From then on `generate` samples from these weights, all of the model's, under their checkpoint's names."""
         ...
@@ -44,12 +47,13 @@ class _Request:
     prompt_ids: list[list[int]]
     num_generations: int
     sampling: SamplingParams
+    eos_token_ids: list[int]
     answer: Future[tuple[Completions, int]] = dataclasses.field(default_factory=Future)
 
     def joins(self, other: _Request) -> bool:
         """Whether both may run as one batch. With a seed the completions must not depend on who else is there."""
-        same = (self.num_generations, self.sampling) == (other.num_generations, other.sampling)
-        return same and self.sampling.seed is None
+        mine, theirs = ((request.num_generations, request.sampling, request.eos_token_ids) for request in (self, other))
+        return mine == theirs and self.sampling.seed is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +69,22 @@ class RolloutServer:
     Args:
         engine: what samples; used by that thread alone.
         host, port: where to listen; port 0: a free one, see `url`.
+        sizes: of the engine's model (`model_sizes`), for a client to compare with its own.
 
     `serve()` runs it in the calling thread, where vLLM's engine must run that was made there.
     """
 
-    def __init__(self, engine: ServableEngine, host: str = "127.0.0.1", port: int = 8000) -> None:
+    def __init__(
+        self,
+        engine: ServableEngine,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        *,
+        sizes: dict[str, Any] | None = None,
+    ) -> None:
         self.engine = engine
+        self.sizes = sizes or {}
+        self.eos_token_ids = list(engine.eos_token_ids)  # where a request does not say
         self.version = 0
         self._jobs: queue.Queue[_Request | _Update | None] = queue.Queue()
         self._half_loaded: str | None = None  # why the last weight update did not end
@@ -161,6 +175,7 @@ class RolloutServer:
         if self._half_loaded is not None:
             raise RuntimeError(f"the last weight update did not end ({self._half_loaded}); send the weights again")
         prompts = [ids for request in requests for ids in request.prompt_ids]
+        self.engine.eos_token_ids = requests[0].eos_token_ids
         return self.engine.generate(prompts, requests[0].num_generations, requests[0].sampling)
 
 
@@ -171,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/health":
-            self._send(200, {"version": self.server_of.version})
+            self._send(200, {"version": self.server_of.version, "model": self.server_of.sizes})
         else:
             self._send(404, {"error": f"no {self.path} here: GET /health, POST /generate, POST /weights"})
 
@@ -190,7 +205,9 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         sampling = asked["sampling"]
         sampling["stop"] = tuple(sampling["stop"])
-        request = _Request(asked["prompt_ids"], asked["num_generations"], SamplingParams(**sampling))
+        ends = asked.get("eos_token_ids")
+        ends = self.server_of.eos_token_ids if ends is None else list(ends)
+        request = _Request(asked["prompt_ids"], asked["num_generations"], SamplingParams(**sampling), ends)
         completions, version = self.server_of.submit(request)
         return {**completions._asdict(), "version": version}
 

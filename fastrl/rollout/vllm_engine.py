@@ -186,8 +186,14 @@ def _make_llm(**settings: Any) -> Any:
             raise ValueError(f"{name}: expected 1, got {settings[name]}: vLLM runs on one device here")
     try:
         import vllm
+        from vllm.platforms import current_platform
     except ImportError as error:
         raise ImportError(f"vLLM is not available here ({error}); {INSTALL}") from error
+    if current_platform.is_cpu():
+        # Of a prompt that does not fit into a step vLLM computes a piece, draws a token, drops it and turns the seeded
+        # generator back, which torch's generators on a CPU can't ("CPU Generator does not use offset"). Without pieces
+        # the prompt waits for the next step; a step may then be as large as the context, `max_model_length`.
+        settings.setdefault("enable_chunked_prefill", False)
     with _same_process():
         return vllm.LLM(**settings)
 

@@ -1,4 +1,4 @@
-"""`python -m fastrl.rollout.vllm_server --model MODEL`: vLLM with weights that a trainer updates over HTTP."""
+"""`fastrl vllm-serve --model MODEL`: vLLM with weights that a trainer updates over HTTP."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from fastrl.rollout.engine import model_sizes
 from fastrl.rollout.server import RolloutServer
 from fastrl.rollout.vllm_engine import VLLMEngine
 
@@ -27,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gpu_memory_utilization=args.gpu_memory_utilization,
         llm_kwargs=args.llm_kwargs,
     )
-    server = RolloutServer(engine, args.host, args.port)
+    sizes = model_sizes(engine.llm.llm_engine.model_config.hf_config)
+    server = RolloutServer(engine, args.host, args.port, sizes=sizes)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where the parent process ignored them
         signal.signal(number, signal.default_int_handler)
     print(f"serving {args.model} at {server.url}, completions end at {eos_token_ids}", flush=True)
@@ -38,14 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fastrl.rollout.vllm_server", description=__doc__)
+    parser = argparse.ArgumentParser(prog="fastrl vllm-serve", description=__doc__)
     parser.add_argument("--model", required=True, help="path or hub id")
     parser.add_argument("--host", default="127.0.0.1", help="whoever reaches it may replace the weights")
     parser.add_argument("--port", type=int, default=8000, help="0: a free one")
     parser.add_argument("--dtype", help="float32, bfloat16, ...; default: vLLM's choice for the model")
-    parser.add_argument("--max-model-length", type=int, help="tokens of prompt and completion together")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--eos-token-ids", type=int, nargs="+", help="default: the tokenizer's and the model's")
+    parser.add_argument(
+        "--max-model-length", "--max_model_len", type=int, help="tokens of prompt and completion together"
+    )
+    parser.add_argument("--gpu-memory-utilization", "--gpu_memory_utilization", type=float, default=0.9)
+    parser.add_argument(
+        "--eos-token-ids",
+        type=int,
+        nargs="+",
+        help="where a trainer does not say; default: the tokenizer's and the model's",
+    )
     parser.add_argument("--llm-kwargs", type=json.loads, default={}, help="JSON, more arguments of vllm.LLM")
     return parser
 

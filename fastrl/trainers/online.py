@@ -72,6 +72,7 @@ class OnlineTrainer(SamplingTrainer):
         self.activations = OffloadedActivations(self.model) if args.activation_offloading else nullcontext()
         self._generate_every = args.steps_per_generation * args.num_iterations  # micro-batches until the next rollout
         self._ahead: RolloutsAhead | None = None  # while training asynchronously
+        self._evaluates_anew = False  # whether the engine needs the weights of now, for an evaluation
         self._micro_step = 0  # micro-batches taken so far
         self._buffer: list[Any] = []  # the current rollout, in steps_per_generation parts
         self._window: deque[MicroBatch[Any]] = deque()  # what is left of the current optimizer step
@@ -97,6 +98,9 @@ class OnlineTrainer(SamplingTrainer):
         """Completions of this process's examples; see `RolloutCollector.collect`."""
         if mode == "train":
             self.engine.sync_weights(self.model)
+        elif self._evaluates_anew:
+            (self._ahead.refresh if self._ahead else self.engine.sync_weights)(self.model)
+            self._evaluates_anew = False
         return self.collector.collect(examples, name, mode, self.state)
 
     def pass_loss(self, model: nn.Module, part: Pass[Any], batch: MicroBatch[Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -233,6 +237,7 @@ class OnlineTrainer(SamplingTrainer):
         if isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._eval_prefix = metric_key_prefix
+        self._evaluates_anew = True
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
@@ -259,7 +264,8 @@ class OnlineTrainer(SamplingTrainer):
         if self.completions is not None:
             self.completions.flush(self.state.global_step, prefix or "train")
 
-    def _geometry(self) -> dict[str, Any]:
+    def geometry(self) -> dict[str, Any]:
+        """What says which prompts a rollout has and which optimizer steps use it."""
         sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
         return {name: getattr(self.args, name) for name in (*sizes, "num_iterations", "num_generations", "world_size")}
 
@@ -268,7 +274,7 @@ class OnlineTrainer(SamplingTrainer):
         pending = self._buffer if self._micro_step % self._generate_every else []
         state = {
             "micro_step": self._micro_step,
-            "geometry": self._geometry(),
+            "geometry": self.geometry(),
             "metrics": self.metrics.state_dict(),
             "drawn": self._drawn,
         }
@@ -280,12 +286,13 @@ class OnlineTrainer(SamplingTrainer):
         Raises:
             ValueError: a checkpoint inside a rollout, resumed with batches of another shape.
         """
-        if tensors and state["geometry"] != self._geometry():
+        same = state["geometry"] == self.geometry()
+        if tensors and not same:
             raise ValueError(
                 f"the checkpoint holds rollouts in use, made with {state['geometry']}; it cannot be resumed with "
-                f"{self._geometry()}"
+                f"{self.geometry()}"
             )
-        self._micro_step = state["micro_step"]
+        self._micro_step = state["micro_step"] if same else 0
         self.metrics.load_state_dict(state["metrics"])
         self._drawn = state["drawn"]
         self._buffer = from_named_tensors(self.rollouts_type, tensors)

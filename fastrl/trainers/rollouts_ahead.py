@@ -54,6 +54,10 @@ class RolloutsAhead:
         self.collector.metrics.add("train", {"sampling/staleness": tagged.staleness})
         return self.collector.collect(examples, "train_dataset", "train", state, tagged.completions)
 
+    def refresh(self, model: nn.Module) -> None:
+        """What is sampled between two rollouts is sampled from the weights of now."""
+        self._rollouts.refresh(model)
+
     def _submit(self) -> None:
         while self._next < self._last and self._rollouts.pending < self._rollouts.max_staleness:
             examples = self.examples_of(self._next)

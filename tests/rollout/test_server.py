@@ -29,9 +29,11 @@ from fastrl.rollout import (
     VLLMClientEngine,
     VLLMEngine,
     check_engine_args,
+    client_engine,
     engine_kwargs,
     make_engine,
 )
+from fastrl.rollout.engine import model_sizes
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, logps=True)
 SEEDED = SamplingParams(max_tokens=8, seed=3)
@@ -69,8 +71,8 @@ class NamedWeightsEngine(TransformersEngine):
 
 
 @contextmanager
-def serving(engine: Any) -> Iterator[RolloutServer]:
-    server = RolloutServer(engine, port=0)
+def serving(engine: Any, port: int = 0, sizes: dict[str, Any] | None = None) -> Iterator[RolloutServer]:
+    server = RolloutServer(engine, port=port, sizes=sizes)
     thread = threading.Thread(target=server.serve)
     thread.start()
     try:
@@ -190,7 +192,7 @@ def free_port() -> int:
 
 def test_no_server_a_slow_one_and_a_foreign_one() -> None:
     start = time.monotonic()
-    with pytest.raises(RolloutServerError, match=r"no server to be reached .*waited 0\.3 s.*python -m fastrl"):
+    with pytest.raises(RolloutServerError, match=r"no server to be reached .*waited 0\.3 s.*fastrl vllm-serve --model"):
         VLLMClientEngine(f"http://127.0.0.1:{free_port()}", timeout=0.3)
     assert time.monotonic() - start < 5
     with pytest.raises(ValueError, match="url: expected http://HOST:PORT, got 'localhost:8000'"):
@@ -203,7 +205,7 @@ def test_no_server_a_slow_one_and_a_foreign_one() -> None:
         with pytest.raises(RolloutServerError, match="did not answer /generate in time"):
             client.generate([[6]], 1, GREEDY)
         engine.gate.set()
-    with pytest.raises(RolloutServerError, match="no server to be reached"):
+    with pytest.raises(RolloutServerError, match=r"no server .*vllm-serve.* and resume from the last checkpoint"):
         client.generate([[6]], 1, GREEDY)
 
     foreign = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
@@ -212,6 +214,65 @@ def test_no_server_a_slow_one_and_a_foreign_one() -> None:
         VLLMClientEngine(f"http://127.0.0.1:{foreign.server_address[1]}", timeout=0.1)
     foreign.shutdown()
     foreign.server_close()
+
+
+def test_waiting_for_a_server_tells_what_for(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(client_engine, "PROGRESS", 0.2)
+    port = free_port()
+    clients: list[VLLMClientEngine] = []
+    thread = threading.Thread(target=lambda: clients.append(VLLMClientEngine(f"http://127.0.0.1:{port}", timeout=20.0)))
+    thread.start()
+    time.sleep(1.5)
+    with serving(NamedWeightsEngine(), port):
+        thread.join(20)
+        assert clients[0].generate([[6]], 1, GREEDY).ids
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) >= 2 and all(f"waiting for http://127.0.0.1:{port}, " in line for line in lines)
+    assert "of 20 s; start one with `fastrl vllm-serve --model MODEL`" in lines[0]
+
+
+def test_another_model_on_the_server_is_refused_and_nothing_is_loaded() -> None:
+    engine = NamedWeightsEngine()
+    other = tiny_model(vocab_size=50, num_hidden_layers=1)
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+    apart = "runs another model .*vocab_size 50 instead of 42, num_hidden_layers 1 instead of 2; start it on the same"
+    with serving(engine, sizes=model_sizes(other.config)) as server:
+        port = int(server.url.rsplit(":", 1)[1])
+        with pytest.raises(RolloutServerError, match=apart):
+            made(use_vllm=True, vllm_mode="server", vllm_server_port=port)
+        with pytest.raises(RolloutServerError, match=apart):
+            VLLMClientEngine(server.url).sync_weights(adapted)
+        assert engine.received == []
+    with serving(engine, sizes=model_sizes(tiny_model().config)) as server:
+        VLLMClientEngine(server.url).sync_weights(tiny_model())
+        assert engine.received
+
+
+def test_a_server_that_lost_our_weights_is_noticed() -> None:
+    port = free_port()
+    with serving(NamedWeightsEngine(), port):
+        client, other = (VLLMClientEngine(f"http://127.0.0.1:{port}") for _ in range(2))
+        client.sync_weights(tiny_model())
+        assert client.generate([[6]], 1, GREEDY).ids
+        other.sync_weights(tiny_model(seed=2))
+        with pytest.raises(RolloutServerError, match=r"of its update 2, this run has sent update 1: .*another run"):
+            client.generate([[6]], 1, GREEDY)
+    with serving(NamedWeightsEngine(), port):
+        with pytest.raises(RolloutServerError, match="of its update 0, this run has sent update 1: it was restarted"):
+            client.generate([[6]], 1, GREEDY)
+        client.sync_weights(tiny_model())
+        assert client.generate([[6]], 1, GREEDY).ids
+
+
+def test_the_clients_ends_win_over_the_servers() -> None:
+    engine = NamedWeightsEngine()
+    sampling = SamplingParams(max_tokens=40, seed=3)
+    with serving(engine) as server:
+        by_server = VLLMClientEngine(server.url).generate([[6, 7]], 8, sampling)
+        own = VLLMClientEngine(server.url, eos_token_ids=[]).generate([[6, 7]], 8, sampling)
+        assert {len(ids) for ids in own.ids} == {40} and set(own.finish_reasons or []) == {"length"}
+        assert any(ids[-1] == 2 and len(ids) < 40 for ids in by_server.ids)
+        assert VLLMClientEngine(server.url).generate([[6, 7]], 8, sampling) == by_server  # and only for that request
 
 
 def test_paths_and_bodies_that_do_not_exist() -> None:
@@ -305,9 +366,15 @@ def test_factory_makes_what_the_arguments_say(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(name: str, value: Any) -> None:
-    check_engine_args(config(use_vllm=True))
-    with pytest.raises(ValueError, match=f"^{name}: "):
-        check_engine_args(config(use_vllm=True, **{name: value}))
+    only = {"vllm_group_port": "server", "vllm_enable_sleep_mode": "colocate", "vllm_tensor_parallel_size": "colocate"}
+    for mode in ("colocate", "server"):
+        check_engine_args(config(use_vllm=True, vllm_mode=mode))
+        args = config(**{"use_vllm": True, "vllm_mode": mode, name: value})
+        if only.get(name, mode) == mode:
+            with pytest.raises(ValueError, match=f"^{name}: "):
+                check_engine_args(args)
+        else:  # what is the other mode's has no meaning, as in TRL
+            check_engine_args(args)
 
 
 def test_vllm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,3 +274,47 @@ def test_rollouts_of_an_older_policy_are_corrected(make_trainer: Make, prompts: 
 def test_asynchronous_rollouts_without_correction_are_refused(make_trainer: Make) -> None:
     with pytest.raises(ValueError, match="async_rollouts: expected False, as GRPOTrainer does not correct"):
         make_trainer(async_rollouts=True, vllm_importance_sampling_correction=False)
+
+
+class CopyEngine(ScriptedEngine):
+    """Has the weights of its last update, and notes at each evaluation whether they are the policy's of now."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.policy = policy
+        self.fresh: list[bool] = []
+
+    def sync_weights(self, model: Any) -> None:
+        """See RolloutEngine."""
+        super().sync_weights(model)
+        self.weights = self.policy.lm_head.weight.detach().clone()
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], num_generations: int, sampling: SamplingParams
+    ) -> Completions:
+        """See RolloutEngine."""
+        if num_generations == 2:
+            self.fresh.append(torch.equal(self.weights, self.policy.lm_head.weight))
+        return super().generate(prompt_ids, num_generations, sampling)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "async"])
+def test_an_evaluation_is_of_the_weights_of_now(make_trainer: Make, prompts: Any, ahead: bool) -> None:
+    model = tiny_model()
+    engine = CopyEngine(model)
+    trainer = make_trainer(
+        model,
+        trainer_arguments={"rollout_engine": engine, "eval_dataset": prompts},
+        async_rollouts=ahead,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+    )
+    trainer.train()
+    batches = len(prompts) * 2 // 4
+    assert engine.fresh == [True] * batches * 2
+    assert engine.synced == 4 + 2  # an update for each rollout, one for each evaluation
+    if ahead:
+        assert all(log["sampling/staleness"] <= 1 for log in trainer.state.log_history if "sampling/staleness" in log)
