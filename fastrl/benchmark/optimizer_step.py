@@ -1,9 +1,9 @@
-"""The whole optimizer step of GRPO on a real model: TRL's trainer and ours, on the same rollouts and advantages.
+"""The whole optimizer step of a method on a real model: TRL's trainer and ours, on the same data.
 
-Policy forward, loss, backward, clipping, AdamW: what a trainer does between its rollouts and its next ones. Every
+Policy and reference forward, loss, backward, the gradient's norm, AdamW: what a trainer does with a batch. Every
 contender is a trainer in a process of its own, so that none inherits another's memory; they take their steps in turns.
 Sampling and rewards are replaced by stored rollouts, nothing else is. In its first step each writes down its gradients,
-and one whose gradients are not those of the eager loss gets no time.
+and one whose gradients are not those of the eager loss gets no time. `step_methods` has the methods.
 """
 
 from __future__ import annotations
@@ -11,215 +11,184 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastrl.benchmark.memory import MemoryMeter
-from fastrl.trainers.rollouts import Rollouts, from_named_tensors, named_tensors
-from fastrl.trainers.token_batch import pad
+from fastrl.benchmark.step_data import StepData, sample_batch
+from fastrl.benchmark.step_methods import EAGER, METHODS
+from fastrl.benchmark.step_worker import ContenderFailed, Worker
+from fastrl.trainers.rollouts import Rollouts, named_tensors
 
-PROMPTS = (
-    "A farmer has 12 cows and buys 7 more. How many cows does he have now?",
-    "Write one short sentence about the sea in autumn.",
-    "Which is larger, 9.11 or 9.9? Explain briefly.",
-    "Name three animals that can fly and say how.",
-)
-GROUP = 8  # completions of a prompt
-NEW_TOKENS = 32  # of a completion, at most
-
-# What a trainer is made with, beside what all share. The first is what the others' gradients are compared with.
-EAGER = "eager loss, padded"
-CONTENDERS: dict[str, dict[str, Any]] = {
-    EAGER: {"loss_backend": "reference", "share_prompts": False, "skip_dead_sequences": False},
-    "TRL, its defaults": {"trl": True, "gradient_checkpointing": True},
-    "TRL, no checkpointing": {"trl": True},
-    "fastrl, its defaults": {"gradient_checkpointing": True},
-    "fastrl, no checkpointing": {},
-}
 # Relative distance of all gradients from the eager ones, in the 2-norm.
 ALLOWED = {"float32": 1e-4, "bfloat16": 5e-2}
+ROUNDS = 5  # at most
 
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The stored rollouts of a step, and what share of their tokens carries a gradient."""
-
-    rollouts: Rollouts
-    live_share: float
-
-
-def sample_batch(model_path: str, device: torch.device) -> Rollouts:
-    """Rollouts of `PROMPTS`, `GROUP` completions each, sampled from the model; advantages from random rewards."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-
-    from fastrl import group_advantages
-    from fastrl.rollout import SamplingParams, TransformersEngine
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    model.to(device)
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
-        for prompt in PROMPTS
-        for _ in range(GROUP)
-    ]
-    set_seed(0)
-    engine = TransformersEngine(
-        lambda: model,
-        eos_token_ids=[tokenizer.eos_token_id],
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    completions = engine.generate(prompts, 1, SamplingParams(max_tokens=NEW_TOKENS)).ids
-    cpu = torch.device("cpu")
-    ids, mask = pad(prompts, tokenizer.pad_token_id, left=True, device=cpu)
-    completion_ids, completion_mask = pad(completions, tokenizer.pad_token_id, left=False, device=cpu)
-    rewards = torch.rand(len(prompts), generator=torch.Generator().manual_seed(0))
-    advantages = group_advantages(rewards, torch.arange(len(prompts)) // GROUP)
-    return Rollouts(ids, mask, completion_ids, completion_mask, advantages)
-
-
-def with_live_share(rollouts: Rollouts, share: float) -> Batch:
-    """The rollouts with whole groups unanimous (advantage 0), from the last on, until about `share` is live."""
-    groups = torch.arange(len(rollouts)) // GROUP
-    advantages = rollouts.advantages.where(groups < round(share * (int(groups[-1]) + 1)), 0.0)
-    live = (advantages != 0)[:, None] & rollouts.completion_mask
-    return Batch(replace(rollouts, advantages=advantages), float(live.sum() / rollouts.completion_mask.sum()))
-
-
 def optimizer_step_rows(
     device: torch.device,
+    method: str = "grpo",
     *,
     seconds: float = 600.0,
     live_shares: Sequence[float] = (1.0, 0.5),
-    contenders: Sequence[str] = tuple(CONTENDERS),
+    contenders: Sequence[str] | None = None,
     say: Say = print,
     model_path: str | None = None,
     rollouts: Rollouts | None = None,
 ) -> list[dict[str, Any]]:
-    """One row for each contender and live share, with the keys of `fastrl.benchmark.workload.row_of`.
+    """One row for each contender and data of the method, with the keys of `fastrl.benchmark.workload.row_of`.
 
-    Besides those: "B", "G", "prompt_tokens" and "completion_tokens" (in all), "peak_bytes" of the whole process during
-    the step (on a GPU: of its tensors), "errors" {"gradients": relative distance from the eager loss's}. A contender
-    that is not installed or whose gradients are wrong has "refused" with the reason and no time.
+    Besides those: "B" sequences, "prompt_tokens" and "completion_tokens" (in all), "peak_bytes" of the whole process
+    during the step (on a GPU: of its tensors), "errors" {"gradients": relative distance from the eager loss's},
+    "to_eager" and "to_trl": the time in units of the eager loss's and of TRL's fastest contender's. A contender that is
+    not installed or whose gradients are wrong has "refused" with the reason and no time, and so has one of TRL's that
+    fails.
 
     Args:
-        seconds: rounds go on, at least one and at most five, while there is time for another.
-        live_shares: shares of the groups whose advantages are not 0.
-        contenders: some of `CONTENDERS`; the eager one always runs.
+        method: one of `METHODS`.
+        seconds: rounds go on, at least one and at most `ROUNDS`, while there is time for another.
+        live_shares: of GRPO: shares of the groups whose advantages are not 0.
+        contenders: some of the method's (None: all); the eager one always runs.
         model_path: a folder with a causal LM and its tokenizer; None: SmolLM2-135M-Instruct from its package.
-        rollouts: groups of `GROUP` side by side; None: sampled from the model.
+        rollouts: groups of `GROUP` side by side, for the methods that need them; None: sampled from the model.
 
     Raises:
-        ValueError: an unknown contender.
-        RuntimeError: a contender's process failed; the message ends with its output.
+        ValueError: an unknown method or contender.
+        ContenderFailed: the process of one of ours failed; the message ends with its output.
     """
-    unknown = set(contenders) - set(CONTENDERS)
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    known = METHODS[method].contenders
+    unknown = set(contenders or ()) - set(known)
     if unknown:
-        raise ValueError(f"contenders: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(CONTENDERS)}")
+        raise ValueError(f"contenders: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")
     if model_path is None:
         from fastrl.data.demo_model import demo_model_path
 
         model_path = str(demo_model_path())
-    if rollouts is None:
-        say("sampling the rollouts of the step")
-        rollouts = sample_batch(model_path, device)
-    batches = [with_live_share(rollouts, share) for share in live_shares]
-    names = [EAGER, *(name for name in CONTENDERS if name in contenders and name != EAGER)]
+
+    def given_or_sampled() -> Rollouts:
+        if rollouts is None:
+            say("sampling the rollouts of the step")
+        return rollouts or sample_batch(str(model_path), device)
+
+    data = METHODS[method].data(model_path, given_or_sampled, live_shares)
+    names = [name for name in known if contenders is None or name in contenders or name == EAGER]
     with tempfile.TemporaryDirectory(prefix="fastrl-step-") as folder:
-        return _Race(device, Path(folder), model_path, batches, say).run(names, seconds)
+        return _Race(device, Path(folder), model_path, method, data, say).run(names, seconds)
 
 
 class _Race:
     """Runs the contenders' steps in turns and makes the rows."""
 
-    def __init__(self, device: torch.device, folder: Path, model_path: str, batches: Sequence[Batch], say: Say) -> None:
+    def __init__(
+        self, device: torch.device, folder: Path, model_path: str, method: str, data: Sequence[StepData], say: Say
+    ) -> None:
         from safetensors.torch import save_file
 
-        self.device, self.folder, self.batches, self.say = device, folder, batches, say
+        self.device, self.folder, self.model_path, self.data, self.say = device, folder, model_path, data, say
+        self.name, self.method = method, METHODS[method]
         self.dtype = "bfloat16" if device.type == "cuda" else "float32"
-        self.model_path = model_path
-        tensors = named_tensors([batch.rollouts for batch in batches])
-        save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / "rollouts.safetensors")
+        self.stored: Path | None = None
+        batches = [item.stored for item in data if item.stored is not None]
+        if batches:
+            self.stored = folder / "stored.safetensors"
+            save_file({name: tensor.cpu().clone() for name, tensor in named_tensors(batches).items()}, self.stored)
 
     def run(self, names: Sequence[str], seconds: float) -> list[dict[str, Any]]:
         deadline = time.monotonic() + seconds
-        rows = {(name, i): self._row(name, i) for name in names for i in range(len(self.batches))}
-        workers: dict[str, _Worker] = {}
+        self.names, self.rows = names, {(name, i): self._row(name, i) for name in names for i in range(len(self.data))}
+        self.took: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        self.workers: dict[str, Worker] = {}
         try:
             for name in names:
-                if CONTENDERS[name].get("trl") and importlib.util.find_spec("trl") is None:
-                    self._refuse(rows, name, "TRL is not installed")
+                if self._is_theirs(name) and importlib.util.find_spec("trl") is None:
+                    self._refuse(name, "TRL is not installed")
                     continue
                 self.say(f"starting {name}")
-                workers[name] = _Worker(self.folder / f"{names.index(name)}.json", self._settings(name))
-            took: dict[tuple[str, int], list[dict[str, Any]]] = {}
-            for round_ in range(5):
+                self._unless_theirs_fails(name, self._start)
+            for round_ in range(ROUNDS):
                 began = time.monotonic()
-                for name, worker in list(workers.items()):
-                    for i, batch in enumerate(self.batches):
-                        self.say(f"round {round_ + 1}: {name}, live share {batch.live_share:.2g}")
-                        gradients = self.folder / f"{names.index(name)}-{i}.safetensors" if round_ == 0 else None
-                        took.setdefault((name, i), []).append(worker.step(i, gradients))
-                        if gradients is not None:
-                            self._compare(rows[name, i], gradients, i)
-                    if all("refused" in rows[name, i] for i in range(len(self.batches))):
-                        workers.pop(name).stop()
+                for name in list(self.workers):
+                    self._unless_theirs_fails(name, lambda name: self._steps(name, round_))  # noqa: B023 (called at once)
                 if time.monotonic() + (time.monotonic() - began) > deadline:
                     break
         finally:
-            for worker in workers.values():
+            for worker in self.workers.values():
                 worker.stop()
-        for key, steps in took.items():
-            if "refused" not in rows[key]:
-                rows[key].update(_timing(steps))
-        return list(rows.values())
+        for key, steps in self.took.items():
+            if "refused" not in self.rows[key]:
+                self.rows[key].update(_timing(steps))
+        self._compare_times()
+        return list(self.rows.values())
+
+    def _start(self, name: str) -> None:
+        self.workers[name] = Worker(self.folder / f"{self.names.index(name)}.json", self._settings(name))
+
+    def _steps(self, name: str, round_: int) -> None:
+        """A step on each of the method's data; in the first round the gradients are compared."""
+        for i, item in enumerate(self.data):
+            self.say(f"round {round_ + 1}: {name}{item.note}")
+            gradients = self.folder / f"{self.names.index(name)}-{i}.safetensors" if round_ == 0 else None
+            self.took.setdefault((name, i), []).append(self.workers[name].step(i, gradients))
+            if gradients is not None:
+                self._compare_gradients(self.rows[name, i], gradients, i)
+        if all("refused" in self.rows[name, i] for i in range(len(self.data))):
+            self.workers.pop(name).stop()
+
+    def _unless_theirs_fails(self, name: str, act: Callable[[str], None]) -> None:
+        try:
+            act(name)
+        except ContenderFailed as error:
+            if not self._is_theirs(name):
+                raise
+            self._refuse(name, f"failed: {str(error).splitlines()[-1]}")
+            self.workers.pop(name, None)
+
+    def _is_theirs(self, name: str) -> bool:
+        return bool(self.method.contenders[name].get("trl"))
 
     def _row(self, name: str, i: int) -> dict[str, Any]:
-        rollouts = self.batches[i].rollouts
+        item = self.data[i]
         config = json.loads(Path(self.model_path, "config.json").read_text())
-        prompt, completion = int(rollouts.prompt_mask.sum()), int(rollouts.completion_mask.sum())
-        weights = _backbone_weights(self.model_path)
         return {
             "op": "step",
-            "workload": f"GRPO optimizer step, live share {self.batches[i].live_share:.2g}",
+            "workload": f"{self.method.title} optimizer step{item.note}",
             "shape": Path(self.model_path).name,
-            "D": config["hidden_size"], "V": config["vocab_size"], "B": len(rollouts), "G": GROUP,
-            "prompt_tokens": prompt, "completion_tokens": completion,
-            "dtype": self.dtype, "live_share": self.batches[i].live_share,
+            "D": config["hidden_size"], "V": config["vocab_size"], "B": item.sequences,
+            "prompt_tokens": item.prompt_tokens, "completion_tokens": item.completion_tokens,
+            "dtype": self.dtype, **item.facts,
             "contender": name, "ours": name.startswith("fastrl"), "floor": False,
-            "formula": "6 x weights x tokens", "cost": 6 * weights * (prompt + completion), "unit": "FLOP",
+            "formula": "6 x weights x tokens", "unit": "FLOP",
+            "cost": 6 * _backbone_weights(self.model_path) * (item.prompt_tokens + item.completion_tokens),
         }  # fmt: skip
 
-    def _refuse(self, rows: dict[tuple[str, int], dict[str, Any]], name: str, reason: str) -> None:
-        for i in range(len(self.batches)):
-            rows[name, i]["refused"] = reason
+    def _refuse(self, name: str, reason: str) -> None:
+        for i in range(len(self.data)):
+            self.rows[name, i]["refused"] = reason
 
     def _settings(self, name: str) -> dict[str, Any]:
+        """What `take_steps` is given."""
         return {
+            "method": self.name,
             "contender": name,
-            "arguments": CONTENDERS[name],
+            "arguments": {**self.method.arguments(self.data[0]), **self.method.contenders[name]},
             "model": self.model_path,
             "device": str(self.device),
             "dtype": self.dtype,
             "threads": torch.get_num_threads(),
-            "folder": str(self.folder),
-            "sequences": len(self.batches[0].rollouts),
+            "stored": None if self.stored is None else str(self.stored),
+            "rows": list(self.data[0].rows),
+            "output_dir": str(self.folder / str(self.names.index(name))),
         }
 
-    def _compare(self, row: dict[str, Any], gradients: Path, i: int) -> None:
+    def _compare_gradients(self, row: dict[str, Any], gradients: Path, i: int) -> None:
         from fastrl.report.step_comparison import gradient_difference
 
         eager = self.folder / f"0-{i}.safetensors"
@@ -232,47 +201,13 @@ class _Race:
         if not error <= ALLOWED[self.dtype]:
             row["refused"] = f"wrong: gradients {error:.1e} from eager's, allowed {ALLOWED[self.dtype]:.0e}"
 
-
-class _Worker:
-    """A contender's process: it takes one step for each line it is sent, and answers with what the step took."""
-
-    def __init__(self, settings_file: Path, settings: dict[str, Any]) -> None:
-        settings_file.write_text(json.dumps(settings))
-        self.name = settings["contender"]
-        self.errors = settings_file.with_suffix(".log")
-        with self.errors.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "fastrl.benchmark.optimizer_step", str(settings_file)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        self._answer()  # ready: loaded, and warm
-
-    def step(self, batch: int, gradients: Path | None) -> dict[str, Any]:
-        """One optimizer step: {"seconds", "peak_bytes"}."""
-        assert self.process.stdin is not None  # a pipe
-        self.process.stdin.write(json.dumps({"batch": batch, "gradients": gradients and str(gradients)}) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def stop(self) -> None:
-        """Ends the process."""
-        self.process.kill()
-        self.process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None  # a pipe
-        for line in self.process.stdout:
-            if line.startswith(_ANSWER):
-                answer: dict[str, Any] = json.loads(line.removeprefix(_ANSWER))
-                return answer
-        self.process.wait()
-        raise RuntimeError(f"{self.name}: its process failed:\n{self.errors.read_text()[-4000:]}")
-
-
-_ANSWER = "optimizer step: "  # trainers print, too
+    def _compare_times(self) -> None:
+        for i in range(len(self.data)):
+            timed = {name: self.rows[name, i] for name in self.names if "median_s" in self.rows[name, i]}
+            theirs = [row["median_s"] for name, row in timed.items() if self._is_theirs(name)]
+            for row in timed.values():
+                row["to_eager"] = row["median_s"] / timed[EAGER]["median_s"]
+                row["to_trl"] = row["median_s"] / min(theirs) if theirs else None
 
 
 def _timing(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -292,128 +227,3 @@ def _backbone_weights(model_path: str) -> int:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
     ends = {id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) for p in end.parameters()}
     return sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in ends)
-
-
-# In a contender's process -------------------------------------------------------------------------------------------
-
-
-def _run_in_this_process(settings_file: Path) -> None:
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-
-    settings = json.loads(settings_file.read_text())
-    torch.set_num_threads(settings["threads"])
-    device = torch.device(settings["device"])
-    batches = from_named_tensors(
-        Rollouts, load_file(Path(settings["folder"]) / "rollouts.safetensors", device=str(device))
-    )
-    first_group = batches[0].select(torch.arange(len(batches[0]), device=device) < GROUP)
-    arguments = settings["arguments"]
-    theirs = arguments.pop("trl", False)
-
-    class Clock(TrainerCallback):
-        """Waits for the next order where a step begins, and answers where it ends."""
-
-        warm = False
-        save: str | None = None
-
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            if self.warm:
-                line = sys.stdin.readline()
-                if not line:
-                    raise SystemExit(0)
-                order = json.loads(line)
-                stored[:] = [batches[order["batch"]]]
-                self.save = order["gradients"]
-            self.meter = MemoryMeter(device)
-            self.elsewhere = 0.0
-            self.start = time.perf_counter()
-
-        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            if self.save is None:
-                return
-            model: torch.nn.Module = kwargs["model"]
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-            save_file(gradients, self.save)
-            self.elsewhere = time.perf_counter() - start
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            lap = self.meter.lap()  # waits for the device
-            seconds = time.perf_counter() - self.start - self.elsewhere
-            self.warm = True
-            answer = {"seconds": seconds, "peak_bytes": None if lap is None else lap.peak}
-            print(_ANSWER + json.dumps(answer), flush=True)
-
-    stored = [first_group]  # the warm-up's: threads, kernels and the optimizer's state exist after it
-    count = settings["sequences"]
-    trainer = (_trl_trainer if theirs else _our_trainer)(
-        lambda: stored[0],
-        {
-            "output_dir": str(settings_file.with_suffix("")),
-            "per_device_train_batch_size": count,
-            "gradient_accumulation_steps": 1,
-            "num_generations": GROUP,
-            "max_completion_length": batches[0].completion_ids.shape[1],
-            "max_steps": 1_000_000,
-            "learning_rate": 1e-6,
-            "logging_steps": 1_000_000,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": device.type == "cpu",
-            "bf16": settings["dtype"] == "bfloat16",
-            "gradient_checkpointing": False,
-            **arguments,
-        },
-        model=AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32),
-        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
-        train_dataset=[{"prompt": str(i)} for i in range(count)],
-        processing_class=AutoTokenizer.from_pretrained(settings["model"]),
-        callbacks=[Clock()],
-    )
-    trainer.train()
-
-
-def _our_trainer(stored: Callable[[], Rollouts], arguments: dict[str, Any], **kwargs: Any) -> Any:
-    from fastrl.trainers import GRPOConfig, GRPOTrainer
-
-    trainer = GRPOTrainer(args=GRPOConfig(**arguments), **kwargs)
-    trainer.collector.collect = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
-    trainer.make_rollouts = lambda *args, **kwargs: stored()  # type: ignore[method-assign]
-    return trainer
-
-
-def _trl_trainer(
-    stored: Callable[[], Rollouts], arguments: dict[str, Any], train_dataset: Any, reward_funcs: Any, **kwargs: Any
-) -> Any:
-    import trl
-    from datasets import Dataset
-
-    reward_funcs.__name__ = "stored"
-    trainer: Any = trl.GRPOTrainer(
-        args=trl.GRPOConfig(**arguments),
-        train_dataset=Dataset.from_list(train_dataset),
-        reward_funcs=reward_funcs,
-        **kwargs,
-    )
-
-    def outputs(*args: Any) -> dict[str, Any]:
-        rollouts = stored()
-        return {
-            "prompt_ids": rollouts.prompt_ids,
-            "prompt_mask": rollouts.prompt_mask.long(),
-            "completion_ids": rollouts.completion_ids,
-            "completion_mask": rollouts.completion_mask.long(),
-            "advantages": rollouts.advantages,
-            "num_items_in_batch": rollouts.completion_mask.sum(),
-        }
-
-    trainer._generate_and_score_completions = outputs
-    return trainer
-
-
-if __name__ == "__main__":
-    _run_in_this_process(Path(sys.argv[1]))

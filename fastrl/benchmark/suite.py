@@ -45,6 +45,8 @@ SHAPES = {
     "llama-3-8b": Shape("Llama-3-8B", 4096, 128256),
     "qwen2.5-7b": Shape("Qwen2.5-7B", 3584, 152064),
 }
+# Of `fastrl.benchmark.step_methods`, which needs the packages of fastrl[train]: what the op "step" can run.
+STEP_METHODS = ("grpo", "grpo_kl", "sft", "dpo", "dpo_precomputed", "reward", "kto", "distillation", "ppo")
 OPS = (*JOBS, "live", "logits", "group_advantages", "gae", "objectives", "step", "scaling")
 LIVE_SHARES = (0.5, 0.37, 0.2)
 # Peers of the workloads that are there for our own options; the main ones run against all of them.
@@ -60,6 +62,7 @@ class Options:
     ops: tuple[str, ...] = OPS
     shapes: tuple[str, ...] = tuple(SHAPES)
     peers: tuple[str, ...] = PEERS
+    step: tuple[str, ...] = STEP_METHODS[:1]  # methods whose optimizer step is run
     quick: bool = False
     tokens: int | None = None  # N at SmolLM2's shape on the CPU, at every shape on a GPU
     length: int | None = None  # tokens of a completion
@@ -185,7 +188,9 @@ class Suite:
         if "scaling" in o.ops:
             yield _Step("growth with N", 10.0 if o.quick else 110.0, self._scaling)
         if "step" in o.ops and not o.quick:
-            yield _Step("optimizer step", 180.0, self._optimizer_step)
+            for method in o.step:
+                cost = 180.0 if method == "grpo" else 100.0  # GRPO's is run at two live shares
+                yield _Step(f"optimizer step, {method}", cost, functools.partial(self._optimizer_step, method))
         yield from self._shape_steps(main, tuple(name for name in JOBS if name not in _BOTH))
         for key in () if o.quick else others:
             yield from self._shape_steps(key, _BOTH)
@@ -293,19 +298,19 @@ class Suite:
             few = Effort(effort.seconds / len(comparisons), effort.fewest)
             self._measure(workload, few if comparison.flops else _many(few, slow=math.inf))
 
-    def _optimizer_step(self, effort: Effort) -> None:
+    def _optimizer_step(self, method: str, effort: Effort) -> None:
         try:
             from fastrl.data import DemoModelError
 
             from .optimizer_step import optimizer_step_rows
         except ImportError as error:
             reason = f"it needs the packages of fastrl[train]: {error}"
-            self.results.not_run.append({"name": "optimizer step", "reason": reason})
+            self.results.not_run.append({"name": self.step, "reason": reason})
             return
         try:
-            rows = optimizer_step_rows(self.options.device, seconds=effort.seconds, say=self.progress)
+            rows = optimizer_step_rows(self.options.device, method, seconds=effort.seconds, say=self.progress)
         except DemoModelError as error:
-            self.results.not_run.append({"name": "optimizer step", "reason": str(error)})
+            self.results.not_run.append({"name": self.step, "reason": str(error)})
             return
         self.results.rows += rows
 

@@ -24,8 +24,9 @@ def markdown(results: Results, command: str) -> str:
     lines += ["gradients themselves."]
     for failure in results.failures:
         lines += ["", f"**FAILED**: {failure}"]
-    for table in tables([row for row in results.rows if row["op"] != OP]):
+    for table in tables([row for row in results.rows if row["op"] not in (OP, "step")]):
         lines += ["", *table]
+    lines += steps([row for row in results.rows if row["op"] == "step"])
     lines += objectives([row for row in results.rows if row["op"] == OP])
     if results.growth:
         lines += ["", "## Growth with N", ""]
@@ -38,6 +39,38 @@ def markdown(results: Results, command: str) -> str:
     if results.not_run:
         lines += ["", "## Not run", "", *(f"- {item['name']}: {item['reason']}" for item in results.not_run)]
     return "\n".join(lines) + "\n"
+
+
+def steps(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Optimizer steps: a table for each method and data, fastest first."""
+    lines = ["", "## Optimizer steps", ""] if rows else []
+    if rows:
+        lines += [
+            "Gradient: relative distance of all gradients from those of the eager loss, 2-norm. / TRL: the time over"
+        ]
+        lines += ["that of TRL's fastest. Memory: peak of the process during the step."]
+    for title in dict.fromkeys(row["workload"] for row in rows):
+        some = [row for row in rows if row["workload"] == title]
+        first = some[0]
+        sizes = f"B {first['B']}, {first['prompt_tokens']} prompt and {first['completion_tokens']} completion tokens"
+        cost = f"{first['formula']} = {first['cost'] / 1e12:.3g} TFLOP"
+        lines += ["", f"### {title}", "", f"{first['shape']}, {first['dtype']}, {sizes}; {cost}", ""]
+        lines += ["| | median | fastest - slowest | rounds | / TRL | / eager | peak MB | gradient |"]
+        lines += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
+        lines += map(_step, sorted(some, key=lambda row: ("median_s" not in row, row.get("median_s", 0.0))))
+    return lines
+
+
+def _step(row: dict[str, Any]) -> str:
+    name = f"**{row['contender']}**" if row["ours"] else row["contender"]
+    if "median_s" not in row:
+        return f"| {name} | {row.get('refused', 'not measured')} | | | | | | |"
+    to_trl, memory = row["to_trl"], row["peak_bytes"]
+    return (
+        f"| {name} | {duration(row['median_s'])} | {duration(row['min_s'])} - {duration(row['max_s'])} "
+        f"| {row['rounds']} | {'' if to_trl is None else f'{to_trl:.2f}'} | {row['to_eager']:.2f} "
+        f"| {'' if memory is None else f'{memory / 1e6:.0f}'} | {row['errors']['gradients']:.1e} |"
+    )
 
 
 def tables(rows: Sequence[dict[str, Any]], level: str = "###") -> Iterable[list[str]]:

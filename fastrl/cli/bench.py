@@ -32,6 +32,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--ops", nargs="+", metavar="OP", help="what to measure; --ops list shows the names")
     parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help="heads; --shapes list shows the names")
     parser.add_argument("--peers", nargs="*", metavar="PEER", help="whom to compare with; --peers list shows the names")
+    parser.add_argument(
+        "--step", nargs="+", metavar="METHOD", help="optimizer steps that op step runs (default: grpo); --step list"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder (default: %(default)s)")
     parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
@@ -46,7 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures and writes. Returns 1 where a result of ours is wrong, otherwise 0."""
     from fastrl.benchmark import suite
 
-    names: dict[str, Sequence[str]] = {"ops": suite.OPS, "shapes": tuple(suite.SHAPES), "peers": suite.PEERS}
+    names: dict[str, Sequence[str]] = {
+        "ops": suite.OPS,
+        "shapes": tuple(suite.SHAPES),
+        "peers": suite.PEERS,
+        "step": suite.STEP_METHODS,
+    }
     for option, valid in names.items():
         if getattr(arguments, option) == ["list"]:
             print("\n".join(valid))
@@ -110,6 +118,8 @@ def _options(arguments: argparse.Namespace, names: dict[str, Sequence[str]]) -> 
         chosen[option] = tuple(valid) if given is None else tuple(name for name in valid if name in given)
     if arguments.quick and arguments.peers is None:
         chosen["peers"] = QUICK_PEERS
+    if arguments.step is None:
+        chosen["step"] = Options.step
     try:
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:

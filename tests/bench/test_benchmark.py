@@ -366,19 +366,26 @@ def test_the_optimizer_step_is_listed_where_its_packages_are_missing(small: None
     monkeypatch.setitem(sys.modules, "fastrl.benchmark.optimizer_step", None)
     options = suite.Options(CPU, ("step",), ("smollm2",), ("eager",), tokens=64, length=8, minutes=1)
     results = suite.Suite(options, silent, lambda r: None).run()
-    assert [item["name"] for item in results.not_run] == ["optimizer step"]
+    assert [item["name"] for item in results.not_run] == ["optimizer step, grpo"]
     assert "fastrl[train]" in results.not_run[0]["reason"]
 
 
 def test_the_optimizer_steps_rows_are_kept(small: None, monkeypatch) -> None:
-    row = {"op": "step", "contender": "fastrl", "ours": True, "floor": False, "workload": "GRPO optimizer step",
-           "shape": "m", "dtype": "float32", "unit": "FLOP", "cost": 1e12, "formula": "6PN", "median_s": 2.0,
-           "min_s": 1.0, "max_s": 3.0, "peak_bytes": 5, "extra_bytes": None, "errors": {"gradients": 1e-6}}  # fmt: skip
-    module = types.SimpleNamespace(optimizer_step_rows=lambda device, seconds, say: [row])
+    row = {"op": "step", "contender": "fastrl", "ours": True, "floor": False, "B": 4, "prompt_tokens": 70, "rounds": 2,
+           "shape": "m", "dtype": "float32", "unit": "FLOP", "cost": 1e12, "formula": "6PN", "completion_tokens": 30,
+           "median_s": 2.0, "min_s": 1.0, "max_s": 3.0, "peak_bytes": 5e6, "extra_bytes": None, "to_trl": 0.5,
+           "to_eager": 0.25, "errors": {"gradients": 1e-6}}  # fmt: skip
+    rows = {method: {**row, "workload": f"{method} optimizer step"} for method in ("grpo", "kto")}
+    module = types.SimpleNamespace(optimizer_step_rows=lambda device, method, seconds, say: [rows[method]])
     monkeypatch.setitem(sys.modules, "fastrl.benchmark.optimizer_step", module)
-    options = suite.Options(CPU, ("step",), ("smollm2",), ("eager",), tokens=64, length=8, minutes=1)
+    options = suite.Options(CPU, ("step",), ("smollm2",), ("eager",), minutes=1, step=("grpo", "kto"))
     results = suite.Suite(options, silent, lambda r: None).run()
-    assert results.rows == [row] and "GRPO optimizer step" in tables.markdown(results, "c")
+    assert results.rows == list(rows.values())
+    page = tables.markdown(results, "c")
+    assert "### kto optimizer step" in page and "B 4, 70 prompt and 30 completion tokens; 6PN = 1 TFLOP" in page
+    assert "| **fastrl** | 2.00 s | 1.00 s - 3.00 s | 2 | 0.50 | 0.25 | 5 | 1.0e-06 |" in page
+    rows["kto"].update(to_trl=None)
+    assert "| 2 |  | 0.25 |" in tables.markdown(results, "c")  # PPO, which TRL does not have
 
 
 def test_entries_that_give_other_results_are_refused(problem: problems.Problem) -> None:

@@ -75,6 +75,7 @@ def test_interrupted_it_keeps_what_it_has(tiny: None, tmp_path: Path, monkeypatc
         (("--ops", "trian"), "--ops: unknown name 'trian'; did you mean 'train'?"),
         (("--peers", "nobody"), "--peers: unknown name 'nobody'; --peers list shows all"),
         (("--shapes", "llama-3-80b"), "--shapes: unknown name 'llama-3-80b'; did you mean 'llama-3-8b'?"),
+        (("--step", "dop"), "--step: unknown name 'dop'; did you mean 'dpo'?"),
         (("--device", "tpu"), "--device: "),
         (("--device", "meta"), "--device: cpu or cuda, got meta"),
         (("--tokens", "0"), "--tokens: expected a number above 0, got 0"),
@@ -99,7 +100,8 @@ def test_an_out_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) ->
 
 
 @pytest.mark.parametrize(
-    ("option", "names"), [("--ops", suite.OPS), ("--peers", suite.PEERS), ("--shapes", suite.SHAPES)]
+    ("option", "names"),
+    [("--ops", suite.OPS), ("--peers", suite.PEERS), ("--shapes", suite.SHAPES), ("--step", suite.STEP_METHODS)],
 )
 def test_names_are_listed(option: str, names: tuple[str, ...], capsys: pytest.CaptureFixture) -> None:
     assert main(["bench", option, "list"]) == 0
