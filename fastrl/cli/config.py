@@ -11,7 +11,7 @@ import enum
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,11 @@ def read_yaml(path: str | Path) -> dict[str, Setting]:
 
 
 def read_overrides(arguments: Sequence[str]) -> dict[str, Setting]:
-    """`--key value`, `--key=value` and `--key a b c` (a list) as settings; values are read as YAML.
+    """`--key value`, `--key=value` and `--key a b c` (a list) as settings; values are read as YAML. A bare `--key`
+    switches a key on that is true or false, and `--no_key` off.
 
     Raises:
-        UserError: something that is not an option, an option without a value, or one given twice.
+        UserError: something that is not an option, or one given twice.
     """
     settings: dict[str, Setting] = {}
     rest = list(arguments)
@@ -68,17 +69,15 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, Setting]:
         values = [value] if equals else []
         while not equals and rest and not re.match(r"--[A-Za-z]", rest[0]):
             values.append(rest.pop(0))
-        if not values:
-            raise UserError(f"{option} needs a value")
         key = option[2:].replace("-", "_")
         if key in settings:
             raise UserError(f"{option} is given twice")
         parsed = [_CommandLineValue(value) for value in values]
-        settings[key] = Setting(parsed[0] if len(parsed) == 1 else parsed, option)
+        settings[key] = Setting(parsed[0] if len(parsed) == 1 else parsed or _Switch(), option)
     return settings
 
 
-def build(classes: Sequence[type], settings: Mapping[str, Setting], *, required: Iterable[str] = ()) -> list[Any]:
+def build(classes: Sequence[type], settings: Mapping[str, Setting], *, required: Sequence[str] = ()) -> list[Any]:
     """One instance of each dataclass, every setting going to the class that has a field of its name.
 
     Raises:
@@ -92,6 +91,7 @@ def build(classes: Sequence[type], settings: Mapping[str, Setting], *, required:
         for field in dataclasses.fields(cls):
             if field.init and field.name not in owner:  # the first class that has a name owns it
                 annotations[field.name], owner[field.name] = hints[field.name], cls
+    settings = _switched(settings, annotations)
     for key, setting in settings.items():
         if key not in owner:
             if setting.place.startswith("--"):
@@ -106,6 +106,8 @@ def build(classes: Sequence[type], settings: Mapping[str, Setting], *, required:
     for key, setting in settings.items():
         try:
             values[owner[key]][key] = coerce(setting.value, annotations[key])
+            if values[owner[key]][key] is None and key in required:
+                raise ValueError("expected a value, got null")
         except ValueError as error:
             what = "" if setting.place.startswith("--") else f"{key}: "
             raise UserError(f"{setting.place}: {what}{error}") from None
@@ -171,6 +173,8 @@ def coerce(value: Any, annotation: Any) -> Any:
             if value in (member.value, member.name, member):
                 return member
         raise ValueError(f"expected {_describe(annotation)}, got {value!r}")
+    elif dataclasses.is_dataclass(annotation) and isinstance(value, dict):
+        return _coerce_entries(value, annotation)
     elif isinstance(annotation, type):
         fits = isinstance(value, annotation)
     else:  # a callable or another thing that a file can't hold
@@ -178,6 +182,38 @@ def coerce(value: Any, annotation: Any) -> Any:
     if not fits:
         raise ValueError(f"expected {_describe(annotation)}, got {value!r}")
     return value
+
+
+def _coerce_entries(entries: dict[Any, Any], cls: Any) -> Any:
+    hints = typing.get_type_hints(cls)
+    for key in entries:
+        if key not in hints:
+            raise ValueError(f"unknown key {key!r}{did_you_mean(str(key), hints)}")
+    try:
+        return cls(**{key: coerce(value, hints[key]) for key, value in entries.items()})
+    except TypeError as error:  # one without a default is missing
+        raise ValueError(f"{entries!r}: {error}") from error
+
+
+class _Switch:
+    """A bare `--key`."""
+
+
+def _switched(settings: Mapping[str, Setting], annotations: Mapping[str, Any]) -> dict[str, Setting]:
+    """Bare options as true, and false where they say `no_` before a key; both only for keys that are true or false."""
+    switched: dict[str, Setting] = {}
+    for key, setting in settings.items():
+        if isinstance(setting.value, _Switch):
+            off = key not in annotations and key.startswith("no_") and key[3:] in annotations
+            name = key[3:] if off else key
+            annotation = annotations.get(name, bool)  # an unknown option is build's to refuse
+            if bool not in (annotation, *typing.get_args(annotation)):
+                raise UserError(f"{setting.place} needs a value")
+            if switched.get(name, setting).place.startswith("--") and name in switched:
+                raise UserError(f"{switched[name].place} and {setting.place} exclude each other")
+            key, setting = name, Setting(not off, setting.place)
+        switched[key] = setting
+    return switched
 
 
 class _CommandLineValue:

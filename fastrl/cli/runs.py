@@ -26,11 +26,12 @@ class Start:
     message: str
 
 
-def choose_start(output_dir: str | Path, *, resume: bool, fresh: bool) -> Start:
+def choose_start(output_dir: str | Path, *, resume: bool, fresh: bool, checkpoint: str | None = None) -> Start:
     """Decide where a run in `output_dir` begins.
 
     Without `resume` and `fresh`, a folder that already holds a run is refused. `resume` takes the newest complete
-    checkpoint; `fresh` renames the folder to `<output_dir>.1` (or .2, ...) first.
+    checkpoint; `fresh` renames the folder to `<output_dir>.1` (or .2, ...) first. `checkpoint` names the one to
+    continue from, in whatever folder.
 
     Raises:
         UserError: the folder holds a run and neither was asked for, both were, or the path is a file.
@@ -38,6 +39,12 @@ def choose_start(output_dir: str | Path, *, resume: bool, fresh: bool) -> Start:
     folder = Path(output_dir)
     if resume and fresh:
         raise UserError("--resume and --fresh exclude each other")
+    if checkpoint is not None:
+        if resume or fresh:
+            raise UserError(f"--resume_from_checkpoint excludes --{'resume' if resume else 'fresh'}")
+        if not Path(checkpoint).is_dir():
+            raise UserError(f"resume_from_checkpoint: there is no folder {checkpoint}")
+        return Start(Path(checkpoint), f"resuming from {checkpoint}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file")
     if not holds_run(folder):
@@ -50,15 +57,15 @@ def choose_start(output_dir: str | Path, *, resume: bool, fresh: bool) -> Start:
             f"output_dir {folder} already holds a run: continue it with --resume, start over with --fresh "
             "(keeps the earlier run under another name), or choose another --output_dir"
         )
-    checkpoint = newest_complete(folder)  # warns of each that it passes over
-    if checkpoint is None and saved_step(folder) is not None:
+    newest = newest_complete(folder)  # warns of each that it passes over
+    if newest is None and saved_step(folder) is not None:
         raise UserError(
             f"output_dir {folder} holds the result of a run but no complete checkpoint to resume: start over with "
             "--fresh (keeps it under another name), or choose another --output_dir"
         )
-    if checkpoint is None:
+    if newest is None:
         return Start(None, f"no complete checkpoint in {folder}: starting the run again from its first step")
-    return Start(Path(checkpoint), f"resuming from {checkpoint}")
+    return Start(Path(newest), f"resuming from {newest}")
 
 
 def set_aside(path: Path) -> Path:

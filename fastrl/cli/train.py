@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrl.cli.errors import UserError, raised_by_fastrl
-from fastrl.cli.methods import METHODS, GRPOScriptArguments, Method, ScriptArguments
+from fastrl.cli.methods import METHODS, CommandArguments, GRPOScriptArguments, Method
 from fastrl.cli.sources import check_split, load_splits, model_path
+from fastrl.scripts.arguments import get_dataset, get_peft_config, get_quantization_config
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+
+# Options of TRL's commands that go to `accelerate launch`.
+_LAUNCH = ("accelerate_config", "config_file", "num_processes", "num_machines", "machine_rank", "mixed_precision")
 
 
 def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -52,13 +56,20 @@ def run(method: Method, arguments: argparse.Namespace) -> int:
     own = script.trainer_arguments()
     from fastrl.cli.runs import choose_start, complete_from_checkpoint
 
-    dataset = load_splits(script.dataset_name, script.dataset_config)
-    check_split(dataset, script.dataset_train_split, "dataset_train_split", script.dataset_name)
+    dataset = _load_data(script)
+    name = "the mixture" if script.datasets else str(script.dataset_name)
+    check_split(dataset, script.dataset_train_split, "dataset_train_split", name)
     if args.eval_strategy != "no":
-        check_split(dataset, script.dataset_test_split, "dataset_test_split", script.dataset_name)
-    base_model = model_path(script.model_name_or_path)
+        check_split(dataset, script.dataset_test_split, "dataset_test_split", name)
+    base_model = model_path(str(script.model_name_or_path))
     output_dir = Path(str(args.output_dir))
-    start = choose_start(output_dir, resume=arguments.resume, fresh=arguments.fresh)
+    named = script.resume_from_checkpoint
+    start = choose_start(
+        output_dir,
+        resume=arguments.resume or named is True,
+        fresh=arguments.fresh,
+        checkpoint=named if isinstance(named, str) else None,
+    )
     _say(start.message)
     if start.checkpoint is None or not _is_finished(start.checkpoint, args):
         _train(method, script, args, base_model, dataset, own, start.checkpoint)
@@ -72,7 +83,7 @@ def run(method: Method, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def read_arguments(method: Method, config: str | None, overrides: list[str]) -> tuple[ScriptArguments, Any]:
+def read_arguments(method: Method, config: str | None, overrides: list[str]) -> tuple[CommandArguments, Any]:
     """The configuration of a run from its file and the overrides of the command line.
 
     Raises:
@@ -82,13 +93,36 @@ def read_arguments(method: Method, config: str | None, overrides: list[str]) -> 
     from fastrl.cli.config import build, read_overrides, read_yaml
 
     settings = {**(read_yaml(config) if config else {}), **read_overrides(overrides)}
-    script, args = build(classes, settings, required=("model_name_or_path", "dataset_name", "output_dir"))
+    for name in _LAUNCH:
+        if name in settings:
+            raise UserError(
+                f"{settings[name].place}: {name}: fastrl starts no processes; write: accelerate launch --{name} ... -m "
+                f"fastrl {method.name} ..."
+            )
+    if "env" in settings:  # as in TRL's files
+        variables = settings.pop("env")
+        if not isinstance(variables.value, dict):
+            raise UserError(f"{variables.place}: env: expected a mapping of names to values")
+        os.environ.update({str(name): str(value) for name, value in variables.value.items()})
+    data = "datasets" if "datasets" in settings else "dataset_name"
+    script, args = build(classes, settings, required=("model_name_or_path", data))
     return script, args
+
+
+def _load_data(script: CommandArguments) -> DatasetDict:
+    if not script.datasets:
+        return load_splits(str(script.dataset_name), script.dataset_config)
+    if script.dataset_name is not None:
+        _say("dataset_name is not read: datasets has precedence")
+    try:
+        return get_dataset(script)
+    except (OSError, ValueError, ConnectionError) as error:
+        raise UserError(f"datasets: {error}") from error
 
 
 def _train(
     method: Method,
-    script: ScriptArguments,
+    script: CommandArguments,
     args: Any,
     model: str,
     dataset: DatasetDict,
@@ -99,12 +133,12 @@ def _train(
         "dtype": script.dtype,
         "revision": script.model_revision,
         "attn_implementation": script.attn_implementation,
+        "quantization_config": get_quantization_config(script),
         **(args.model_init_kwargs or {}),
     }
     args.model_init_kwargs = {key: value for key, value in init.items() if value is not None}
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # there is no device to copy to, and torch warns of it
-    peft_config = script.peft_config()
     try:
         trainer = method.trainer_class()(
             model=model,
@@ -112,7 +146,7 @@ def _train(
             train_dataset=dataset[script.dataset_train_split],
             eval_dataset=dataset[script.dataset_test_split] if args.eval_strategy != "no" else None,
             processing_class=_tokenizer(script, args, model),
-            peft_config=peft_config,
+            peft_config=get_peft_config(script),
             **own,
         )
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -129,7 +163,7 @@ def _train(
     _say(f"model saved to {args.output_dir}")
 
 
-def _report(script: ScriptArguments, args: Any, base_model: str, dataset: DatasetDict) -> None:
+def _report(script: CommandArguments, args: Any, base_model: str, dataset: DatasetDict) -> None:
     if isinstance(script, GRPOScriptArguments):
         from fastrl.report import write_report
         from fastrl.rewards import with_reward_models
@@ -151,7 +185,7 @@ def _report(script: ScriptArguments, args: Any, base_model: str, dataset: Datase
             print(path)
 
 
-def _tokenizer(script: ScriptArguments, args: Any, model: str) -> Any:
+def _tokenizer(script: CommandArguments, args: Any, model: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(

@@ -273,7 +273,7 @@ class Encoder:
             completions = [prompt + self.with_eos(completion) for completion in completions]
         prompt_ids = [] if prompt == [] else self.encode(prompt, row, add_generation_prompt=True)
         whole = [self.encode(completion, row) for completion in completions]
-        shared = min(_common_prefix(prompt_ids, ids) for ids in whole)
+        shared = min(common_prefix(prompt_ids, ids) for ids in whole)
         if shared < len(prompt_ids):
             logger.warning_once(
                 "A tokenized prompt is not the beginning of the tokenized prompt and completion: tokens merge across "
@@ -330,8 +330,9 @@ class Encoder:
         )
 
 
-def _common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
+def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many elements two sequences begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _names(row: Row) -> str:

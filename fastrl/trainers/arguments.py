@@ -1,10 +1,17 @@
 """What all trainers and their configs do alike with arguments: defaults that depend on others, and refusals."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
+
+# A mapping, which a command line gives as JSON text: `HfArgumentParser` needs `str` as the second of the types, and
+# `TrainingArguments` reads the text of its `_VALID_DICT_FIELDS`.
+if TYPE_CHECKING:
+    JsonDict = dict[str, Any] | None
+else:
+    JsonDict = dict[str, Any] | str | None
 
 
 def fill_in_defaults(args: TrainingArguments) -> None:
@@ -16,6 +23,13 @@ def fill_in_defaults(args: TrainingArguments) -> None:
         args.activation_checkpointing = True if args.gradient_checkpointing is None else args.gradient_checkpointing
     if args.activation_checkpointing_kwargs is None:
         args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
+
+
+def refuse_text(args: TrainingArguments) -> None:
+    """Raises ValueError for a `JsonDict` of ours that is still text after TrainingArguments' own `__post_init__`."""
+    for name in set(args._VALID_DICT_FIELDS) - set(TrainingArguments._VALID_DICT_FIELDS):
+        if isinstance(getattr(args, name), str):
+            raise ValueError(f"{name}: expected a mapping, or its JSON text {{...}}, got {getattr(args, name)!r}")
 
 
 def refuse_given(arguments: Mapping[str, tuple[Any, str]]) -> None:

@@ -4,13 +4,15 @@ What this version does not do is refused when it is set to something else than i
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from fastrl.trainers.arguments import JsonDict
 from fastrl.trainers.online_config import OnlineConfig
 
-# Fields of the other online methods that are without effect here and keep their defaults: why.
-NO_REWARDS = {"unused": "there are no rewards", "help": "Only the default: there are no rewards."}
-NO_CORRECTION = {"unused": "no log-probabilities are compared", "help": "Only the default: nothing is corrected."}
+# How the help of fields begins that are without effect here, and keep their defaults.
+ONLY_DEFAULT = "Only the default: "
+NO_REWARDS = {"help": f"{ONLY_DEFAULT}there are no rewards."}
+NO_CORRECTION = {"help": f"{ONLY_DEFAULT}nothing is corrected."}
 
 
 @dataclass
@@ -39,7 +41,7 @@ class DistillationConfig(OnlineConfig):
         default=None, metadata={"help": "The teacher, where the trainer gets none."}
     )
     teacher_model_revision: str | None = field(default=None, metadata={"help": "Of a teacher given by path."})
-    teacher_model_init_kwargs: dict[str, Any] | None = field(
+    teacher_model_init_kwargs: JsonDict = field(
         default=None, metadata={"help": "Arguments of from_pretrained, when the teacher is given by path."}
     )
 
@@ -93,6 +95,7 @@ class DistillationConfig(OnlineConfig):
                 "False with lmbda < 1: completions are a column",
             )
         for item in fields(self):
-            if "unused" in item.metadata:
-                expected = f"{item.default!r}, as {item.metadata['unused']}"
+            why = item.metadata.get("help", "")
+            if why.startswith(ONLY_DEFAULT):
+                expected = f"{item.default!r}, as {why.removeprefix(ONLY_DEFAULT).rstrip('.')}"
                 require(item.name, getattr(self, item.name) == item.default, expected)

@@ -5,7 +5,7 @@ when it is set to something else than its default: never accepted and ignored.
 """
 
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fastrl.objectives import PolicyObjective, RolloutCorrection
 from fastrl.trainers.online_config import OnlineConfig
@@ -53,7 +53,9 @@ class GRPOConfig(OnlineConfig):
     multi_objective_aggregation: str = field(
         default="sum_then_normalize", metadata={"help": "'sum_then_normalize' or 'normalize_then_sum' (GDPO)."}
     )
-    scale_rewards: str | bool = field(default="group", metadata={"help": "'group', 'batch' or 'none' (Dr. GRPO)."})
+    scale_rewards: Literal["group", "batch", "none", True, False] = field(
+        default="group", metadata={"help": "'group' or True, 'batch', 'none' or False (Dr. GRPO)."}
+    )
     loss_type: str = field(default="dapo", metadata={"help": "The policy term; see PolicyObjective."})
     top_entropy_quantile: float = field(default=1.0, metadata={"help": "Share of the tokens that enter the loss."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})

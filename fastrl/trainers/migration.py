@@ -138,8 +138,6 @@ def _differing(config: type) -> set[str]:
 
 def _default(field: Any) -> Any:
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    if field.name == "gradient_checkpointing" and value is None:
-        return True  # what None becomes
     return value.value if isinstance(value, enum.Enum) else value
 
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from fastrl.trainers.arguments import fill_in_defaults
+from fastrl.trainers.arguments import JsonDict, fill_in_defaults, refuse_text
 
 
 @dataclass
@@ -37,12 +37,15 @@ class OfflineConfig(TrainingArguments):
 
     # TrainingArguments with other defaults
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Compute activations anew in the backward, for their memory."}
+    )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "bf16 autocast. Unset: on where the GPU has bf16 and fp16 is off."}
     )
 
     # Model
-    model_init_kwargs: dict[str, Any] | None = field(
+    model_init_kwargs: JsonDict = field(
         default=None, metadata={"help": "Arguments of from_pretrained, when the model is given by path."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code that ships with a model."})
@@ -80,6 +83,7 @@ class OfflineConfig(TrainingArguments):
     def __post_init__(self) -> None:
         fill_in_defaults(self)
         super().__post_init__()
+        refuse_text(self)
         self._refuse_unsupported()
         self._require("max_length", self.max_length is None or self.max_length >= 1, "None or at least 1")
         passes = self.tokens_per_pass

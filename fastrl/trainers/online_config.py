@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from fastrl.objectives import RolloutCorrection
 from fastrl.rollout import SamplingParams, check_engine_args, engine_kwargs
-from fastrl.trainers.arguments import fill_in_defaults
+from fastrl.trainers.arguments import JsonDict, fill_in_defaults, refuse_text
 
 # Arguments of TRL's whose every other value than this, the default, is refused, and why.
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -52,6 +52,9 @@ class OnlineConfig(TrainingArguments):
     # TrainingArguments with other defaults
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Compute activations anew in the backward, for their memory."}
+    )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "bf16 autocast. Unset: on where the GPU has bf16 and fp16 is off."}
     )
@@ -60,7 +63,7 @@ class OnlineConfig(TrainingArguments):
     )
 
     # Model and reference model
-    model_init_kwargs: dict[str, Any] | None = field(
+    model_init_kwargs: JsonDict = field(
         default=None, metadata={"help": "Arguments of from_pretrained, when the model is given by path."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code that ships with a model."})
@@ -93,10 +96,10 @@ class OnlineConfig(TrainingArguments):
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling, in (0, 1]."})
     top_k: int = field(default=0, metadata={"help": "Sample among the k likeliest tokens; 0: all."})
     min_p: float | None = field(default=None, metadata={"help": "Least probability relative to the likeliest token."})
-    generation_kwargs: dict[str, Any] | None = field(
+    generation_kwargs: JsonDict = field(
         default=None, metadata={"help": "More entries of transformers.GenerationConfig; they win over the others."}
     )
-    chat_template_kwargs: dict[str, Any] | None = field(
+    chat_template_kwargs: JsonDict = field(
         default=None, metadata={"help": "Arguments of apply_chat_template for conversational prompts."}
     )
     repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1 discourages repetition."})
@@ -164,7 +167,7 @@ class OnlineConfig(TrainingArguments):
     use_transformers_continuous_batching: bool = field(
         default=False, metadata={"help": "Let completions leave the batch when they end."}
     )
-    transformers_continuous_batching_config: dict[str, Any] | str | None = field(
+    transformers_continuous_batching_config: JsonDict = field(
         default=None, metadata={"help": "Entries of transformers.ContinuousBatchingConfig."}
     )
     use_transformers_paged: bool = field(
@@ -194,6 +197,7 @@ class OnlineConfig(TrainingArguments):
     def __post_init__(self) -> None:
         fill_in_defaults(self)
         super().__post_init__()
+        refuse_text(self)
         self._refuse_unsupported()
         self._check_values()
         self._set_generation_batch()

@@ -1,9 +1,10 @@
 """`SFTConfig`: TRL 1.16's arguments of supervised fine-tuning."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fastrl.objectives.supervised import SFT_LOSSES
+from fastrl.trainers.arguments import JsonDict
 from fastrl.trainers.offline_config import OfflineConfig
 
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
@@ -39,7 +40,7 @@ class SFTConfig(OfflineConfig):
 
     # Data
     dataset_text_field: str = field(default="text", metadata={"help": "Column of the text."})
-    dataset_kwargs: dict[str, Any] | None = field(
+    dataset_kwargs: JsonDict = field(
         default=None, metadata={"help": "Only {'skip_prepare_dataset': bool}: rows have 'input_ids' and are not cut."}
     )
     eos_token: str | None = field(default=None, metadata={"help": "Ends a sequence. None: the tokenizer's own."})
