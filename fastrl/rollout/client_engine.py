@@ -67,6 +67,7 @@ class VLLMClientEngine:
         self._sent: int | None = None  # the version that the weights of this process have there
         self.request_timeout = request_timeout
         self.bucket_bytes = bucket_bytes
+        self._found = False
         self._wait_for_server(timeout)
 
     def _wait_for_server(self, timeout: float) -> None:
@@ -75,6 +76,7 @@ class VLLMClientEngine:
         while True:
             try:
                 self.version: int = self._ask("GET", "/health", timeout=min(timeout, 10.0))["version"]
+                self._found = True
                 return
             except RolloutServerError as error:
                 waited = time.monotonic() - start
@@ -156,7 +158,7 @@ class VLLMClientEngine:
             raise RolloutServerError(f"the server at {self.url} did not answer {path} in time") from error
         except (OSError, http.client.HTTPException) as error:
             reason = f"{type(error).__name__}: {error}"
-            then = "" if path == "/health" else f"; {START} and resume from the last checkpoint"
+            then = f"; {START} and resume from the last checkpoint" if self._found else ""
             raise RolloutServerError(f"no server to be reached at {self.url} for {path} ({reason}){then}") from error
         except json.JSONDecodeError as error:
             raise RolloutServerError(f"what answers at {self.url} is not a fastrl rollout server") from error

@@ -153,6 +153,11 @@ def test_generated_data_by_name(configured, model_folder):
         ("ppo", "--num_mini_batches 3", "num_mini_batches"),
         ("grpo", "--reward_funcs []", "missing: reward_funcs or reward_model_name_or_path"),
         ("grpo", "--dataset_name arithmetic:prompts --dataset_config {size:_4}", "format: expected one of prompt-only"),
+        (
+            "grpo",
+            "--use_vllm true --vllm_mode server --vllm_server_port 9 --vllm_server_timeout 0.1",
+            "(waited 0.1 s); start one with `fastrl vllm-serve --model MODEL`",
+        ),
         ("distill", "--teacher_model_name_or_path null", "teacher_model"),
         ("distill", "--model_name_or_path tiny:other", "the only model of this kind is tiny:arithmetic"),
     ],

@@ -9,16 +9,19 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tiny_runs import make_tokenizer, tiny_model
+from tiny_runs import count_letters, make_tokenizer, tiny_model
 from torch import Tensor
+from transformers import TrainerCallback
 
 from fastrl.rollout import (
     Completions,
@@ -34,6 +37,7 @@ from fastrl.rollout import (
     make_engine,
 )
 from fastrl.rollout.engine import model_sizes
+from fastrl.trainers import GRPOConfig, GRPOTrainer
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, logps=True)
 SEEDED = SamplingParams(max_tokens=8, seed=3)
@@ -262,6 +266,59 @@ def test_a_server_that_lost_our_weights_is_noticed() -> None:
             client.generate([[6]], 1, GREEDY)
         client.sync_weights(tiny_model())
         assert client.generate([[6]], 1, GREEDY).ids
+
+
+class Ends(TrainerCallback):
+    """Ends a server after the second optimizer step."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self.stop = stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by Trainer."""
+        if state.global_step == 2:
+            self.stop()
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "async"])
+def test_a_run_whose_server_ends_resumes_with_a_new_one(tmp_path: Path, ahead: bool) -> None:
+    port = free_port()
+
+    def make(*callbacks: TrainerCallback) -> GRPOTrainer:
+        args = GRPOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=8,
+            num_generations=4,
+            max_completion_length=8,
+            max_steps=4,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            use_vllm=True,
+            vllm_mode="server",
+            vllm_server_port=port,
+            async_rollouts=ahead,
+        )
+        rows = Dataset.from_dict({"prompt": ["a", "b c", "d e f", "g h i j"]})
+        arguments = {"processing_class": make_tokenizer(), "callbacks": list(callbacks)}
+        return GRPOTrainer(tiny_model(), count_letters, args, train_dataset=rows, **arguments)
+
+    engine = NamedWeightsEngine()
+    with ExitStack() as stack:
+        stack.enter_context(serving(engine, port))
+        with pytest.raises(RolloutServerError, match=r"no server .* and resume from the last checkpoint"):
+            make(Ends(stack.close)).train()
+    with serving(NamedWeightsEngine(), port):
+        trainer = make()
+        trainer.train(resume_from_checkpoint=True)
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    assert [log["step"] for log in logs] == [1, 2, 3, 4]
+    assert len(engine.calls) == (3 if ahead else 2)  # the run did go on from the second step
+    assert all(log["sampling/sampling_logp_difference/mean"] < 1e-4 for log in logs) or ahead
 
 
 def test_the_clients_ends_win_over_the_servers() -> None:
