@@ -37,18 +37,19 @@ class Pass(Generic[Batch]):
     batch: Batch  # B
     inputs: dict[str, Tensor]  # of the model's forward, each (R, S), the mask also (R, 1, S, S)
     tokens: Tensor  # (R, S) bool: what of the inputs has a successor in its sequence, so neither padding nor an end
-    places: Tensor | None  # (B, T) where the R * S hidden states score each token; None: the last T of each row
+    places: Tensor  # (B, T) where among the R * S hidden states those are that score each token
 
     def select(self, hidden: Tensor) -> Tensor:
         """(B, T, D): the hidden states (R, S, D) that score the completions' tokens; any one where none counts."""
-        if self.places is None:
-            return hidden[:, -self.batch.completion_ids.shape[1] :]
-        return hidden.flatten(0, 1)[self.places]
+        return self._states(hidden)[self.places]
 
     def select_counted(self, hidden: Tensor) -> Tensor:
         """(n, D): of the hidden states (R, S, D) those that score the tokens which the loss counts, in their order."""
-        mask = self.batch.mask
-        return self.select(hidden)[mask] if self.places is None else hidden.flatten(0, 1)[self.places[mask]]
+        return self._states(hidden)[self.places[self.batch.mask]]
+
+    def _states(self, hidden: Tensor) -> Tensor:
+        # PEFT's prompt learning puts tokens of its own before each row.
+        return hidden[:, -self.tokens.shape[1] :].flatten(0, 1)
 
 
 @dataclass
@@ -166,22 +167,29 @@ class Packer:
     def _padded(
         self, batch: Batch, prompts: list[int], completions: list[int], together: bool
     ) -> Iterator[Pass[Batch]]:
-        order = sorted(range(len(batch)), key=lambda i: -(prompts[i] + completions[i]))
+        sizes = [max(p + max(c, 1) - 1, 1) for p, c in zip(prompts, completions, strict=True)]
+        order = sorted(range(len(batch)), key=lambda i: -sizes[i])
         while order:
-            width = prompt = completion = count = 0
-            for i in order:
-                prompt, completion = max(prompt, prompts[i]), max(completion, completions[i], 1)
-                width = prompt + completion - 1
-                if count and (count + 1) * width > self.tokens and not together:
-                    break
-                count += 1
+            width = sizes[order[0]]
+            count = len(order) if together else max(1, int(min(self.tokens / width, len(order))))
             sequences = torch.tensor(sorted(order[:count]), device=batch.prompt_ids.device)
-            part = batch.select(sequences)
-            mask = torch.cat([part.prompt_mask, part.completion_mask], dim=1)
-            yield Pass(
-                sequences, part, _padded_inputs(part, self.takes_positions), mask[:, :-1] & mask[:, 1:], places=None
-            )
+            yield self._padded_pass(sequences, batch.select(sequences), width)
             order = order[count:]
+
+    def _padded_pass(self, sequences: Tensor, part: Batch, width: int) -> Pass[Batch]:
+        # The padding is on the right, where no token sees it, whatever the model makes of its mask: recurrent layers
+        # and positions that a model counts itself would begin with padding on the left.
+        ids = torch.cat([part.prompt_ids, part.completion_ids], dim=1)
+        mask = torch.cat([part.prompt_mask, part.completion_mask], dim=1)
+        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+        ids, mask = ids.gather(1, order), mask.gather(1, order)
+        inputs = {"input_ids": ids[:, :width], "attention_mask": mask[:, :width].to(torch.int64)}
+        if self.takes_positions:
+            inputs["position_ids"] = torch.arange(width, device=ids.device).repeat(len(part), 1)
+        lines = torch.arange(len(part), device=ids.device)[:, None]
+        steps = torch.arange(part.completion_ids.shape[1], device=ids.device)
+        columns = (part.prompt_mask.sum(-1, keepdim=True) - 1 + steps).clamp(0, width - 1)
+        return Pass(sequences, part, inputs, mask[:, :width] & mask[:, 1 : width + 1], lines * width + columns)
 
     # A row for each group --------------------------------------------------------------------------------------------
 
@@ -288,14 +296,3 @@ def _groups(batch: TokenBatch) -> list[list[int]]:
 def prompt_numbers(batch: TokenBatch) -> Tensor:
     """(B,) int64: equal where the prompts are equal."""
     return torch.unique(batch.prompt_ids.where(batch.prompt_mask, -1), dim=0, return_inverse=True)[1]
-
-
-def _padded_inputs(batch: TokenBatch, with_positions: bool) -> dict[str, Tensor]:
-    # Position ids count from the first token that is not padding, as `generate` does: learned position embeddings see
-    # the same positions as at sampling, however much padding a batch happens to have.
-    ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)[:, :-1]
-    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)[:, :-1].to(torch.int64)
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if with_positions:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    return inputs

@@ -51,11 +51,7 @@ def collate_preferences(rows: Sequence[TokenRow], pad_token_id: int) -> Preferen
 def by_kind(part: Pass[PreferenceBatch], kinds: int) -> Pass[PreferenceBatch]:
     """The same pass with its sequences in another order: the first ones of all rows, then the second ones, ..."""
     order = torch.arange(len(part.batch), device=part.sequences.device).view(-1, kinds).T.flatten()
-    part = replace(part, sequences=part.sequences[order], batch=part.batch.select(order))
-    if part.places is not None:
-        return replace(part, places=part.places[order])
-    inputs = {name: values[order] for name, values in part.inputs.items()}
-    return replace(part, inputs=inputs, tokens=part.tokens[order])
+    return replace(part, sequences=part.sequences[order], batch=part.batch.select(order), places=part.places[order])
 
 
 def summed_logps(logps: Tensor, batch: PreferenceBatch, kinds: int, tail_weight: float | None) -> Tensor:
