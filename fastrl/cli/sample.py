@@ -1,12 +1,13 @@
-"""`fastrl sample`: rejection sampling: the best of a model's own completions, as data for `fastrl sft`."""
+"""`fastrl sample`: a model's own completions as training data: the best for SFT, better and worse ones as pairs."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastrl.cli.config import Setting, build, read_overrides, read_yaml
 from fastrl.cli.errors import UserError
@@ -19,15 +20,20 @@ class SampleArguments(SamplingArguments):
     """Adds to `SamplingArguments`:
 
     Args:
-        output_file: .jsonl or .parquet; the samples it is chosen from lie beside it in <name>.samples.jsonl.
+        output_file: .jsonl or .parquet; the samples it is chosen from lie beside it in <name>.samples, as JSON
+            lines; `datasets` does not take a file of that name for a part of the data.
         reward_weights: one per reward function, the reward model last; null: ones. What counts is the weighted sum.
-        keep: "best": the best completion of each prompt, "all": every one that is accepted.
-        reward_threshold: accept only completions of at least this reward.
+        format: "prompt-completion": the best completions (rejection sampling), for SFT; "preference": pairs of a better
+            and a worse completion of a prompt, for reward models and DPO.
+        keep: "best": the best completion of each prompt, or it and the worst; "all": every one that is accepted, or
+            every pair of different reward.
+        reward_threshold: accept only completions, or pairs whose better one is, of at least this reward.
         keep_cut_off: accept also completions that did not end within max_completion_length.
     """
 
     output_file: str = ""
     reward_weights: list[float] | None = None
+    format: Literal["prompt-completion", "preference"] = "prompt-completion"
     keep: Literal["best", "all"] = "best"
     reward_threshold: float | None = None
     keep_cut_off: bool = False
@@ -37,9 +43,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Register the command."""
     parser = subparsers.add_parser(
         "sample",
-        help="rejection sampling: write the best of n completions as training data",
-        description="Sample completions of the prompts of a dataset, reward them, and write the accepted ones as "
-        "prompt-completion rows that `fastrl sft` reads. An interrupted command is continued by the same command.",
+        help="rejection sampling: write the best of n completions, or pairs of them, as training data",
+        description="Sample completions of the prompts of a dataset, reward them, and write the best of each prompt as "
+        "prompt-completion rows that `fastrl sft` reads (rejection sampling); or with --format preference the best and "
+        "the worst of each prompt as pairs that `fastrl reward` and `fastrl dpo` read, with --keep all every pair of "
+        "different reward. An interrupted command is continued by the same command.",
         epilog="Any key of the file can be given as --key value, which has precedence: "
         + ", ".join(SampleArguments.__dataclass_fields__)
         + ".",
@@ -53,10 +61,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Sample what is missing and write the accepted completions. Returns 0.
+    """Sample what is missing and write the accepted completions or pairs. Returns 0.
 
     Raises:
-        UserError: a setting, the data, the model, a reward function or a file can't be used; or nothing was accepted.
+        UserError: a setting, the data, the model, a reward function or a file can't be used; or there are no rows.
     """
     settings = {**(read_yaml(arguments.config) if arguments.config else {}), **read_overrides(arguments.overrides)}
     if arguments.best_of is not None:
@@ -64,12 +72,12 @@ def run(arguments: argparse.Namespace) -> int:
         settings["num_generations"] = Setting(count.value, "--best-of")
     (args,) = build([SampleArguments], settings, required=("model_name_or_path", "dataset_name", "output_file"))
 
-    from fastrl.evaluation import FORMATS, WriteError, accepted, to_bytes, write_file
+    from fastrl.evaluation import FORMATS, WriteError, accepted, preferences, to_bytes, write_file
 
     output = Path(args.output_file)
     if output.suffix not in FORMATS:
         raise UserError(f"output_file: expected a file that ends in {' or '.join(FORMATS)}, got {output}")
-    samples = output.with_suffix(".samples.jsonl")
+    samples = output.with_suffix(".samples")
     if arguments.fresh and samples.exists():
         print(f"the earlier samples are now {set_aside(samples)}", file=sys.stderr)
     sampling = sample_all(args, samples, ("train",), greedy=False)
@@ -79,28 +87,52 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"reward_weights: expected {len(names)}, one for each of {', '.join(names)}, got {len(weights)}"
         )
-    rows = accepted(
-        sampling.prompts,
-        dict(zip(names, weights, strict=True)),
-        keep=args.keep,
-        threshold=args.reward_threshold,
-        keep_cut_off=args.keep_cut_off,
-    )
-    if not rows:
-        raise UserError(
-            f"none of {len(sampling.prompts) * args.num_generations} completions was accepted: lower "
-            f"--reward_threshold (now {args.reward_threshold}), or --keep_cut_off true if they are too long; "
-            f"the samples in {samples} are kept"
+    choose = accepted if args.format == "prompt-completion" else preferences
+    of_prompts = [
+        choose(
+            [prompt],
+            dict(zip(names, weights, strict=True)),
+            keep=args.keep,
+            threshold=args.reward_threshold,
+            keep_cut_off=args.keep_cut_off,
         )
+        for prompt in sampling.prompts
+    ]
+    rows = [row for own in of_prompts for row in own]
+    if not rows:
+        raise UserError(f"{_nothing(args, len(of_prompts))}; the samples in {samples} are kept")
     try:
         write_file(output, to_bytes(rows, output), f"the samples in {samples} are kept")
     except WriteError as error:
         raise UserError(str(error)) from error
-    prompts = len({str(row["prompt"]) for row in rows})
-    mean = sum(row["reward"] for row in rows) / len(rows)
-    print(
-        f"{len(rows)} of {len(sampling.prompts) * args.num_generations} completions accepted, for {prompts} of "
-        f"{len(sampling.prompts)} prompts; mean reward {mean:.3f}"
-    )
+    print(_summary(args, rows, sum(map(bool, of_prompts)), len(of_prompts)))
     print(f"written: {output}, {samples}", file=sys.stderr)
     return 0
+
+
+def _nothing(args: SampleArguments, prompts: int) -> str:
+    threshold = f"--reward_threshold (now {args.reward_threshold})"
+    if args.format == "preference":
+        return (
+            f"no two completions of any of {prompts} prompts make a pair: their rewards must differ, so raise "
+            f"--num_generations or --temperature, or lower {threshold}; or --keep_cut_off true if they are too long"
+        )
+    return (
+        f"none of {prompts * args.num_generations} completions was accepted: lower {threshold}, or --keep_cut_off true "
+        "if they are too long"
+    )
+
+
+def _summary(args: SampleArguments, rows: Sequence[Mapping[str, Any]], used: int, prompts: int) -> str:
+    def mean(column: str) -> str:
+        return f"{sum(row[column] for row in rows) / len(rows):.3f}"
+
+    if args.format == "preference":
+        return (
+            f"{len(rows)} pairs for {used} of {prompts} prompts, {prompts - used} gave none; mean reward "
+            f"{mean('chosen_reward')} chosen, {mean('rejected_reward')} rejected"
+        )
+    return (
+        f"{len(rows)} of {prompts * args.num_generations} completions accepted, for {used} of {prompts} prompts; "
+        f"mean reward {mean('reward')}"
+    )

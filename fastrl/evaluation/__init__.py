@@ -19,7 +19,7 @@ from fastrl.evaluation.sample_file import (
     write_file,
 )
 from fastrl.evaluation.sampling import PromptSampler, Sampled, rewards_of, sample
-from fastrl.evaluation.selection import FORMATS, accepted, to_bytes
+from fastrl.evaluation.selection import FORMATS, accepted, preferences, to_bytes
 
 __all__ = [
     "FORMATS",
@@ -39,6 +39,7 @@ __all__ = [
     "pass_at_k",
     "plot_evaluation",
     "powers_of_two",
+    "preferences",
     "rewards_of",
     "sample",
     "summarise",

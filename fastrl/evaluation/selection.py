@@ -1,4 +1,4 @@
-"""Rejection sampling: the completions that are good enough to train on, as rows that an SFT trainer reads."""
+"""From samples to training data: the good ones as rows for SFT, better and worse ones as pairs for rewards or DPO."""
 
 from __future__ import annotations
 
@@ -37,23 +37,71 @@ def accepted(
     """
     rows: list[Row] = []
     for prompt in prompts:
-        candidates: dict[str, Row] = {}
-        for sample in prompt["samples"]:
-            reward = total_reward(sample, weights)
-            if reward is None or (threshold is not None and reward < threshold):
-                continue
-            if not sample["finished"] and not keep_cut_off:
-                continue
-            row = {
+        rewarded = _rewarded(prompt, weights, keep_cut_off)
+        good = [pair for pair in rewarded if threshold is None or pair[1] >= threshold]
+        rows += [
+            {
                 "prompt": prompt["prompt"],
-                "completion": sample["completion"],
+                "completion": completion,
                 "reward": reward,
                 "n": len(prompt["samples"]),
             }
-            candidates.setdefault(json.dumps(sample["completion"]), row)
-        chosen = list(candidates.values())
-        rows += [max(chosen, key=lambda row: row["reward"])] if keep == "best" and chosen else chosen
+            for completion, reward in ([max(good, key=_reward)] if keep == "best" and good else good)
+        ]
     return rows
+
+
+def preferences(
+    prompts: Iterable[PromptSamples],
+    weights: Mapping[str, float],
+    *,
+    keep: Literal["best", "all"] = "best",
+    threshold: float | None = None,
+    keep_cut_off: bool = False,
+) -> list[Row]:
+    """Rows with `prompt`, `chosen`, `rejected`, their rewards and `n`: pairs of a prompt's samples, the better chosen.
+
+    Samples are rewarded and left out as by `accepted`. A prompt whose completions all have one reward gives no row.
+
+    Args:
+        prompts, weights, keep_cut_off: see `accepted`.
+        keep: "best": at most one pair per prompt, the best and the worst completion; "all": every two completions of
+            different reward. With a verifier these are all pairs of a right and a wrong one.
+        threshold: the least reward of the chosen one.
+    """
+    rows: list[Row] = []
+    for prompt in prompts:
+        rewarded = _rewarded(prompt, weights, keep_cut_off)
+        if keep == "best" and rewarded:
+            rewarded = [max(rewarded, key=_reward), min(rewarded, key=_reward)]
+        rows += [
+            {
+                "prompt": prompt["prompt"],
+                "chosen": chosen,
+                "rejected": rejected,
+                "chosen_reward": reward,
+                "rejected_reward": worse,
+                "n": len(prompt["samples"]),
+            }
+            for chosen, reward in rewarded
+            for rejected, worse in rewarded
+            if reward > worse and (threshold is None or reward >= threshold)
+        ]
+    return rows
+
+
+def _rewarded(prompt: PromptSamples, weights: Mapping[str, float], keep_cut_off: bool) -> list[tuple[Any, float]]:
+    """The different completions of a prompt that can be chosen, in their order, each with its reward."""
+    rewarded: dict[str, tuple[Any, float]] = {}
+    for sample in prompt["samples"]:
+        reward = total_reward(sample, weights)
+        if reward is not None and (sample["finished"] or keep_cut_off):
+            rewarded.setdefault(json.dumps(sample["completion"]), (sample["completion"], reward))
+    return list(rewarded.values())
+
+
+def _reward(rewarded: tuple[Any, float]) -> float:
+    return rewarded[1]
 
 
 def total_reward(sample: Sample, weights: Mapping[str, float]) -> float | None:

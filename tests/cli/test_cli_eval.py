@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from fastrl.cli import main
 from fastrl.evaluation import sample_file
+from fastrl.trainers.reward import RewardTrainer
+from fastrl.trainers.reward_config import RewardConfig
 from fastrl.trainers.sft import SFTTrainer
 from fastrl.trainers.sft_config import SFTConfig
 
@@ -194,7 +196,7 @@ def test_a_tokenizer_without_a_pad_token_and_a_reward_that_hangs(files, model_fo
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_the_best_of_n_become_training_data(files, model_folder, suffix, capsys):
     assert main([*SAMPLE, "--best-of", "6", "--output_file", f"best{suffix}", "--keep_cut_off", "true"]) == 0
-    prompts = lines(files / "best.samples.jsonl")[1:]
+    prompts = lines(files / "best.samples")[1:]
     rows = load_dataset("json" if suffix == ".jsonl" else "parquet", data_files=f"best{suffix}")["train"]
     assert rows.column_names == ["prompt", "completion", "reward", "n"] and rows["n"] == [6] * 8
     for row, prompt in zip(rows, prompts, strict=True):
@@ -214,7 +216,7 @@ def test_the_best_of_n_become_training_data(files, model_folder, suffix, capsys)
 
 def test_what_is_accepted(files, capsys):
     assert main([*SAMPLE, "--keep", "all", "--reward_threshold", "1.2", "--keep_cut_off", "true"]) == 0
-    prompts = lines(files / "best.samples.jsonl")[1:]
+    prompts = lines(files / "best.samples")[1:]
     expected = [
         (p["prompt"], text)
         for p in prompts
@@ -238,6 +240,45 @@ def test_what_is_accepted(files, capsys):
         assert message in capsys.readouterr().err.strip().splitlines()[-1], words
 
 
+def test_pairs_of_the_models_own_samples_train_a_reward_model(files, model_folder, capsys):
+    pairs = ["--format", "preference", "--keep_cut_off", "true", "--output_file", "pairs/train.jsonl"]
+    words = [*SAMPLE, *pairs, "--reward_funcs", "[judge.has_letter]", "--best-of", "3"]
+    assert main(words) == 0
+    prompts = lines(files / "pairs/train.samples")[1:]
+    given = [{s["completion"]: s["rewards"]["has_letter"] for s in p["samples"]} for p in prompts]
+    mixed = [(p["prompt"], own) for p, own in zip(prompts, given, strict=True) if len(set(own.values())) == 2]
+    assert 0 < len(mixed) < 8
+    shown = (
+        f"{len(mixed)} pairs for {len(mixed)} of 8 prompts, {8 - len(mixed)} gave none; mean reward 1.000 chosen, 0.000"
+    )
+    assert shown in capsys.readouterr().out
+    rows = lines(files / "pairs/train.jsonl")
+    assert [row["prompt"] for row in rows] == [text for text, _ in mixed]
+    for row, (_, own) in zip(rows, mixed, strict=True):
+        assert own[row["chosen"]] == row["chosen_reward"] == 1 and own[row["rejected"]] == row["rejected_reward"] == 0
+        assert row["n"] == 3
+
+    import judge
+
+    judge.calls = 0
+    assert main([*words, "--keep", "all"]) == 0 and judge.calls == 0  # the same samples, paired anew
+    paired = [(row["prompt"], row["chosen"], row["rejected"]) for row in lines(files / "pairs/train.jsonl")]
+    right = [(text, [c for c in own if own[c]], [c for c in own if not own[c]]) for text, own in mixed]
+    assert paired == [(text, good, bad) for text, goods, bads in right for good in goods for bad in bads]
+
+    loaded = load_dataset(str(files / "pairs"))["train"]  # a folder: the samples are no part of it
+    assert loaded["chosen"] == [chosen for _, chosen, _ in paired]
+    settings = {"max_steps": 1, "per_device_train_batch_size": len(loaded), "logging_steps": 1, "report_to": "none"}
+    quiet = {"disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+    trainer = RewardTrainer(str(model_folder), RewardConfig("reward", **settings, **quiet), train_dataset=loaded)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=0.1)
+
+    capsys.readouterr()
+    assert main([*words, "--reward_threshold", "2"]) == 2
+    assert "no two completions of any of 8 prompts make a pair" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_conversations_stay_conversations_and_a_reward_model_chooses(files, model_folder, capsys):
     folder = files / "chat"
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -258,8 +299,13 @@ def test_conversations_stay_conversations_and_a_reward_model_chooses(files, mode
     rows = lines(files / "best.jsonl")
     assert [row["prompt"] for row in rows] == chats
     assert all(row["completion"][0]["role"] == "assistant" for row in rows)
-    scores = [[s["rewards"]["scorer"] for s in p["samples"]] for p in lines(files / "best.samples.jsonl")[1:]]
+    scores = [[s["rewards"]["scorer"] for s in p["samples"]] for p in lines(files / "best.samples")[1:]]
     assert [row["reward"] for row in rows] == [max(own) for own in scores] and len({*scores[0]}) > 1
+    words = [*SAMPLE, *shared, "--reward_funcs", "[]", "--keep_cut_off", "true", "--format", "preference"]
+    assert main(words) == 0
+    rows = lines(files / "best.jsonl")
+    assert [(row["chosen_reward"], row["rejected_reward"]) for row in rows] == [(max(own), min(own)) for own in scores]
+    assert all(row[side][0]["role"] == "assistant" for row in rows for side in ("chosen", "rejected"))
 
     assert main([*EVAL, *shared, "--reward_funcs", "[think_format_reward]"]) == 0
     curves = json.loads((files / "out/results.json").read_text())["curves"]

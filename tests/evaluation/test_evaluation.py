@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fastrl.evaluation import PromptSamples, Sample, SampleFile, SampleFileError, accepted, plot_evaluation, summarise
+from fastrl.evaluation import (
+    PromptSamples,
+    Sample,
+    SampleFile,
+    SampleFileError,
+    accepted,
+    plot_evaluation,
+    preferences,
+    summarise,
+)
 
 
 def made(text: str, right: float | None, score: float | None, finished: bool = True) -> Sample:
@@ -79,6 +89,35 @@ def test_accepted_rows() -> None:
     assert [row["completion"] for row in accepted(cut, weights)] == ["8"]
     assert [row["completion"] for row in accepted(cut, weights, keep_cut_off=True)] == ["7"]
     assert accepted([prompt(0, made("7", None, None))], weights) == []
+
+
+def test_preference_rows() -> None:
+    def pairs(prompts: list[PromptSamples], **settings: Any) -> list[tuple[str, str, float, float]]:
+        rows = preferences(prompts, {"check": 1.0, "judge": 0.5}, **settings)
+        return [(row["chosen"], row["rejected"], row["chosen_reward"], row["rejected_reward"]) for row in rows]
+
+    assert preferences(PROMPTS, {"check": 1.0, "judge": 0.5})[0] == {
+        "prompt": "p0",
+        "chosen": "7",
+        "rejected": "8",
+        "chosen_reward": 2.0,
+        "rejected_reward": -0.5,
+        "n": 4,
+    }
+    # The third prompt's completions all have reward 0.
+    assert pairs(PROMPTS) == [("7", "8", 2.0, -0.5), ("no idea", "", 2.5, 0.0)]
+    assert pairs(PROMPTS, threshold=2.1) == [("no idea", "", 2.5, 0.0)]
+    assert pairs(PROMPTS[:1], keep="all") == [
+        ("7", "it is 7", 2.0, 1.5),
+        ("7", "8", 2.0, -0.5),
+        ("it is 7", "8", 1.5, -0.5),
+    ]
+    assert pairs(PROMPTS[:1], keep="all", threshold=2.0) == [("7", "it is 7", 2.0, 1.5), ("7", "8", 2.0, -0.5)]
+    right_or_wrong = [prompt(0, made("7", 1, 0), made("7", 1, 0)), prompt(1, made("8", 0, 0), made("9", 0, 0))]
+    assert pairs(right_or_wrong) == pairs(right_or_wrong, keep="all") == []
+    cut = [prompt(0, made("7", 1, 1.0), made("8", 0, 0.0, finished=False))]
+    assert pairs(cut) == [] and pairs(cut, keep_cut_off=True) == [("7", "8", 1.5, 0.0)]
+    assert pairs([prompt(0, made("7", 1, 0), made("8", None, None))]) == []
 
 
 def test_file_of_samples(tmp_path: Path) -> None:
