@@ -93,7 +93,7 @@ $(VENV)-vllm/done: requirements/vllm.txt
 # vLLM compiles its model, which takes the cache that the other tests do without.
 test-vllm: $(VENV)-vllm/done
 	PYTHONPATH=.:kernels VLLM_CPU_KVCACHE_SPACE=1 TORCHINDUCTOR_FORCE_DISABLE_CACHES=0 \
-		$(VENV)-vllm/bin/python -m pytest tests/rollout/test_vllm.py
+		$(VENV)-vllm/bin/python -m pytest tests/rollout/test_vllm.py tests/rollout/test_vllm_trainers.py
 
 bench: $(VENV)/build.done
 	$(BIN)/fastrl bench

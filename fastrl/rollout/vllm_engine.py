@@ -37,6 +37,9 @@ class VLLMEngine:
     bf16 layer may be packed on a CPU, where `load_weights` of vLLM's model has no effect: here they always go through
     `reload_weights`, which packs them anew.
 
+    Attributes:
+        max_model_length: as it is, tokens.
+
     Raises:
         ImportError: vLLM is not installed.
         ValueError: this process is one of several of torch.distributed: use a server (`VLLMClientEngine`).
@@ -68,6 +71,7 @@ class VLLMEngine:
         else:
             self.llm = self._llm_of(model, tokenizer, settings)
             self.sync_weights(model)
+        self.max_model_length: int = self.llm.llm_engine.model_config.max_model_len
 
     @staticmethod
     def _llm_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, settings: dict[str, Any]) -> Any:

@@ -111,6 +111,7 @@ class SamplingTrainer(PromptTrainer):
             pad_token_id=pad_token_id,
         )
         self.engine_is_policy = isinstance(self.engine, TransformersEngine) and self.engine.shares_weights_with(policy)
+        lengths = [context_length_of(policy.config), getattr(self.engine, "max_model_length", None)]
         self.collector = RolloutCollector(
             args=args,
             accelerator=self.accelerator,
@@ -120,7 +121,7 @@ class SamplingTrainer(PromptTrainer):
             metrics=self.metrics,
             pad_token_id=pad_token_id,
             eos_token_ids=eos_token_ids,
-            context_length=context_length_of(policy.config),
+            context_length=min((length for length in lengths if length is not None), default=None),
             wants_logps=self.wants_sampling_logps,
         )
         self.completions: CompletionLog | None = None
