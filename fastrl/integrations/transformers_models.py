@@ -96,8 +96,9 @@ def patch_model(model: nn.Module, *, logit_scale: float | None = None, softcap: 
         A `ModelPatch`; `remove()` it, or use it in a `with` statement.
 
     Raises:
-        UnsupportedHeadError: (a ValueError) the model has no output embedding or score layer, treats its logits in a
-            way that is neither a scale nor a tanh soft cap, or is a classifier whose tokens see what comes after them.
+        UnsupportedHeadError: (a ValueError) the model has an encoder, has no output embedding or score layer, treats
+            its logits in a way that is neither a scale nor a tanh soft cap, or is a classifier whose tokens see what
+            comes after them.
 
     Equivalent eager code: `model(input_ids=...).logits` and then whatever `f` computes from them.
     """
@@ -106,6 +107,11 @@ def patch_model(model: nn.Module, *, logit_scale: float | None = None, softcap: 
     if state is not None:
         state["users"] += 1
         return ModelPatch(causal_lm, state["recipe"])
+    if getattr(causal_lm.config, "is_encoder_decoder", False):
+        raise UnsupportedHeadError(
+            f"{type(causal_lm).__name__} has an encoder: only decoders are supported, which read prompt and completion "
+            "as one sequence"
+        )
     head = head_of(causal_lm)
     if is_classifier(causal_lm):
         if logit_scale is not None or softcap is not None:

@@ -246,6 +246,17 @@ def test_unknown_logit_processing_is_refused_by_its_statement() -> None:
         assert model(**batch(), fastrl_head=logits_of).shape == (3, 9, V)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_encoder_is_refused(tied: bool) -> None:
+    sizes = {"d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 4, "d_kv": 8}
+    with pytest.raises(UnsupportedHeadError, match="T5ForConditionalGeneration has an encoder"):
+        patch_model(
+            transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=V, tie_word_embeddings=tied, decoder_start_token_id=0, **sizes)
+            )
+        )
+
+
 def test_a_head_with_its_own_transform_is_refused() -> None:
     config = transformers.BertConfig(vocab_size=V, is_decoder=True, **{**TINY, "num_key_value_heads": None})
     with pytest.raises(UnsupportedHeadError, match=r"self\.cls"):
