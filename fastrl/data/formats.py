@@ -232,7 +232,7 @@ class Encoder:
         """One completion and whether it is a good one."""
         row = as_chatml(row)
         prompt, completion, label = columns_of(row, "prompt", "completion", "label")
-        return self.completions(prompt, [completion], row), bool(label)
+        return self.completions(prompt, [completion], row), _truth(label)
 
     def stepwise(
         self, row: Row, step_separator: str = "\n", last_step_only: bool = False
@@ -256,7 +256,7 @@ class Encoder:
                 raise FormatError(f"step {place} has no tokens")
             counts = place == len(steps) or not last_step_only
             ids += tokens
-            marks += [-100] * (len(tokens) - 1) + [int(label) if counts else -100]
+            marks += [-100] * (len(tokens) - 1) + [int(_truth(label)) if counts else -100]
         return Completions(prompt_ids, [ids]), marks
 
     # What they are made of -------------------------------------------------------------------------------------------
@@ -265,7 +265,8 @@ class Encoder:
         """A prompt and completions of it, tokenized together and cut apart where all of them still agree with the
         prompt tokenized alone, which is not always at its end: tokens merge, and templates differ."""
         conversational = is_conversation(prompt) if prompt else is_conversation(completions[0])
-        if any(is_conversation(completion) != conversational for completion in completions):
+        fits = conversational or isinstance(prompt, str)
+        if not fits or any(is_conversation(completion) != conversational for completion in completions):
             raise FormatError("the prompt and its completions must be all strings or all conversations")
         if conversational:
             prompt, completions = list(prompt), [[*prompt, *completion] for completion in completions]
@@ -337,3 +338,9 @@ def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 def _names(row: Row) -> str:
     return ", ".join(repr(name) for name, value in row.items() if value is not None)
+
+
+def _truth(label: Any) -> bool:
+    if isinstance(label, str) or label not in (0, 1):  # bool("False") is True
+        raise FormatError(f"a label is {label!r}: expected True or False, or 1 or 0")
+    return bool(label)

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from fastrl.data.formats import Encoder, FormatError, Row, Text, as_chatml, pair_of, sequence_of, truncated
-from fastrl.data.token_rows import TokenRow, TokenRows, token_row
+from fastrl.data.token_rows import TokenRow, TokenRows, check_rows, token_row
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,13 @@ def unpaired_rows(rows: Any, name: str) -> Any:
     As TRL's `unpair_preference_dataset`: of every thousand rows first the chosen answers, then the rejected ones.
 
     Args:
-        rows: a `datasets.Dataset` or a list of dicts, not empty.
+        rows: a `datasets.Dataset` or a list of dicts.
         name: the argument it came as.
 
     Raises:
-        ValueError: a row that is no preference, named.
+        ValueError: a row that is no preference, named; no rows.
     """
+    check_rows(rows, name)
     if not isinstance(rows[0], Mapping) or not {"chosen", "rejected"} <= set(rows[0]):
         return rows
     table = rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))

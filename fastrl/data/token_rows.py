@@ -116,11 +116,16 @@ def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
     if train_dataset is None:
         raise ValueError("train_dataset: needed")
     check_rows(train_dataset, "train_dataset")
-    if isinstance(eval_dataset, dict):
+    if isinstance(eval_dataset, dict) and eval_dataset:
         for key, rows in eval_dataset.items():
             check_rows(rows, f"eval_dataset[{key!r}]")
     elif eval_dataset is not None:
         check_rows(eval_dataset, "eval_dataset")
+
+
+def advice_on_empty(name: str) -> str:
+    """What an error adds where the dataset of an argument has no rows."""
+    return "" if name == "train_dataset" else "; give it rows, or leave it out, with eval_strategy='no'"
 
 
 def check_rows(rows: Any, name: str) -> None:
@@ -130,10 +135,10 @@ def check_rows(rows: Any, name: str) -> None:
             f"{name}: streamed (iterable) datasets are not supported; load it without streaming=True, or take a part "
             "of it: datasets.Dataset.from_list(list(stream.take(n)))"
         )
-    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or isinstance(rows, Mapping):
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or (isinstance(rows, Mapping) and rows):
         raise TypeError(f"{name}: expected a datasets.Dataset or a list of rows, got {type(rows).__name__}")
     if not len(rows):
-        raise ValueError(f"{name}: the dataset is empty")
+        raise ValueError(f"{name}: the dataset is empty{advice_on_empty(name)}")
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,9 @@ class _RowFunction:  # not a closure: worker processes must be able to load it
             raise TypeError(f"{self.name}: row {place}: expected a dict, got {type(row).__name__}")
         try:
             tokens = self.tokenize(row)
-        except FormatError as error:
-            raise ValueError(f"{self.name}: row {place}: {error}") from error
+        except Exception as error:  # a chat template and a formatting_func raise what they like
+            reason = str(error) if isinstance(error, FormatError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.name}: row {place}: {reason}") from error
         lengths = [len(p) + len(c) for p, c in zip(tokens["prompt_ids"], tokens["completion_ids"], strict=True)]
         longest = max(lengths)
         if self.context_length is not None and longest > self.context_length:

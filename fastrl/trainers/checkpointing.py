@@ -1,18 +1,22 @@
 """Checkpoints that continue the same run: written whole or not at all, and read only if whole.
 
-A checkpoint is made in a hidden directory and renamed into place, with a manifest that lists every file and its size.
-Whatever kills the process, older checkpoints stay as they are, and what was being written is never taken for one."""
+A checkpoint is made in a hidden directory and renamed into place, with a manifest that lists every file, its size and
+its checksum, and says of which run it is. Whatever kills the process, older checkpoints stay as they are, and what was
+being written is never taken for one. Nothing in a checkpoint is unpickled but with `weights_only=True`."""
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
@@ -22,7 +26,7 @@ from transformers.utils import logging
 
 from fastrl.trainers.metrics import MetricStore
 from fastrl.trainers.progress import use_progress
-from fastrl.trainers.run_record import RunRecord
+from fastrl.trainers.run_record import RunRecord, use_patient_tensorboard
 
 logger = logging.get_logger(__name__)
 
@@ -33,26 +37,53 @@ _PARTIAL = ".partial-"  # being written
 _REPLACED = ".replaced-"  # a checkpoint of the same step, moved aside until its successor is in place
 
 
-class IncompleteCheckpointError(ValueError):
+class CheckpointError(ValueError):
+    """A directory that a run can't be continued from."""
+
+
+class IncompleteCheckpointError(CheckpointError):
     """A directory that is not a whole checkpoint of fastrl."""
 
 
-def check_complete(checkpoint: str | os.PathLike[str]) -> None:
-    """Raises `IncompleteCheckpointError` unless every file of the checkpoint is there in its full size."""
+class ForeignCheckpointError(CheckpointError):
+    """A checkpoint of another run: of another trainer, another model, other data."""
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint or a model could not be written; the checkpoints that were there before are as they were."""
+
+
+def check_complete(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a checkpoint of which every file is there as it was written.
+
+    Raises:
+        IncompleteCheckpointError: a file is missing, was cut or has changed, or there is no manifest.
+    """
     directory = Path(checkpoint)
-    manifest = directory / MANIFEST
-    if not manifest.is_file():
-        raise IncompleteCheckpointError(f"{directory} is not a complete checkpoint: it has no {MANIFEST}")
-    files = json.loads(manifest.read_text())["files"]
-    for name, size in files.items():
+
+    def refuse(reason: str) -> IncompleteCheckpointError:
+        return IncompleteCheckpointError(f"{directory} is not a complete checkpoint: {reason}")
+
+    try:
+        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
+        files = {name: (facts["bytes"], facts["crc32"]) for name, facts in manifest["files"].items()}
+    except FileNotFoundError:
+        raise refuse(f"it has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise refuse(f"{MANIFEST} can't be read ({type(error).__name__}: {error})") from error
+    for name, (size, checksum) in files.items():
         path = directory / name
-        if not path.is_file() or path.stat().st_size != size:
-            state = f"has {path.stat().st_size} bytes instead of {size}" if path.is_file() else "is missing"
-            raise IncompleteCheckpointError(f"{directory} is not a complete checkpoint: {name} {state}")
+        if not path.is_file():
+            raise refuse(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise refuse(f"{name} has {path.stat().st_size} bytes instead of {size}")
+        if _checksum(path) != checksum:
+            raise refuse(f"{name} has changed since it was written")
+    return manifest
 
 
-def newest_complete(output_dir: str | os.PathLike[str]) -> str | None:
-    """The complete checkpoint of the highest step, or None. Partial ones are passed over with a warning."""
+def newest_complete(output_dir: str | os.PathLike[str], check: Callable[[Path], Any] = check_complete) -> str | None:
+    """The checkpoint of the highest step, or None; those that `check` refuses are passed over with a warning."""
     root = Path(output_dir)
     if not root.is_dir():
         return None
@@ -67,8 +98,8 @@ def newest_complete(output_dir: str | os.PathLike[str]) -> str | None:
             found.append((int(step[1]), path))
     for _, path in sorted(found, reverse=True):
         try:
-            check_complete(path)
-        except IncompleteCheckpointError as error:
+            check(path)
+        except CheckpointError as error:
             logger.warning(f"Passed over: {error}")
             continue
         return str(path)
@@ -79,7 +110,9 @@ class ResumableTrainer(Trainer):
     """A `transformers.Trainer` with atomic checkpoints and exact resumption.
 
     A subclass that keeps state of its own between optimizer steps overrides `resume_state` and `load_resume_state`.
-    `trainer.train(resume_from_checkpoint=True)` takes the newest complete checkpoint of `output_dir`.
+    `trainer.train(resume_from_checkpoint=True)` takes the newest complete checkpoint of this run in `output_dir`. A
+    checkpoint of another run is refused: another trainer, model or number of processes, and, unless
+    `ignore_data_skip=True` says that the place among the data does not matter, other data, seeds or batches.
 
     What transformers would lose between two logs (the running loss) is saved too, so that the metrics logged after
     resuming are those of the uninterrupted run.
@@ -96,6 +129,7 @@ class ResumableTrainer(Trainer):
         self.progress = use_progress(self)
         self.record = RunRecord()
         self.add_callback(self.record)
+        use_patient_tensorboard(self)
 
     def resume_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What must survive besides model, optimizer, scheduler and random state: JSON and tensors."""
@@ -104,22 +138,58 @@ class ResumableTrainer(Trainer):
     def load_resume_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Takes back what `resume_state` gave."""
 
+    def geometry(self) -> dict[str, Any]:
+        """How rows become optimizer steps, by the names of the arguments that say it."""
+        sizes = (self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps, self.args.world_size)
+        return {"rows in an optimizer step": math.prod(sizes)}
+
+    def _identity(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint and the trainer that continues from it have in common."""
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in self.model.named_parameters()]  # type: ignore[union-attr]
+        weights = sum(math.prod(shape) for _, shape in shapes)
+        names = zlib.crc32(repr(shapes).encode())
+        return {
+            "run": {
+                "trainer": type(self).__name__,
+                "model": f"{weights} weights in {len(shapes)} tensors ({names:08x})",
+                "processes": self.args.world_size,
+            },
+            "data": {
+                "rows of train_dataset": len(self.train_dataset),  # type: ignore[arg-type]
+                "seed": self.args.seed,
+                "data_seed": self.args.data_seed,
+                **self.geometry(),
+            },
+        }
+
     # Resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`.
 
         Raises:
-            ValueError: there is no complete checkpoint where one was asked for.
+            ValueError: there is no complete checkpoint of this run where one was asked for.
+            CheckpointWriteError: see there.
         """
+        self._written_in = self._identity()  # now: DDP and FSDP wrap the model later on
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_complete(self.args.output_dir)  # type: ignore[arg-type]
+            resume_from_checkpoint = newest_complete(self.args.output_dir, self._check)  # type: ignore[arg-type]
             if resume_from_checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}")
+                raise ValueError(
+                    f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir} that this run can "
+                    "continue from; start it anew, or in another output_dir"
+                )
         elif resume_from_checkpoint:
-            check_complete(resume_from_checkpoint)
+            self._check(Path(resume_from_checkpoint))
         with self.progress:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _check(self, checkpoint: Path) -> None:
+        manifest, own = check_complete(checkpoint), self._identity()
+        _refuse_differences(checkpoint, manifest["run"], own["run"], "only its own run can continue from it")
+        if not self.args.ignore_data_skip:
+            way = "set these as they were; or ignore_data_skip=True, to go on with other data from their beginning"
+            _refuse_differences(checkpoint, manifest["data"], own["data"], way)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """See `transformers.Trainer.evaluate`."""
@@ -163,7 +233,7 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._repair_best_checkpoint(staging, run_dir)
-                _write_manifest(staging / name)
+                _write_manifest(staging / name, self._written_in)
                 _install(staging / name, run_dir / name)
                 staging.rmdir()
         self.accelerator.wait_for_everyone()
@@ -182,10 +252,29 @@ class ResumableTrainer(Trainer):
         # Trainer writes, pushes and rotates in one method: it must see the staging directory only while it writes.
         push = self.args.push_to_hub
         self._staging, self.args.push_to_hub = str(staging), False
+        step = self.state.global_step
+        advice = (
+            "The checkpoints before it are as they were: make room (save_total_limit keeps fewer of them), then go on "
+            "with resume_from_checkpoint=True, on the command line --resume"
+        )
         try:
-            yield
+            with _one_write_error(f"The checkpoint of step {step} in {staging.parent}", advice):
+                yield
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)  # of no use, and the disk may be full
+            raise
         finally:
             self._staging, self.args.push_to_hub = None, push
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See `transformers.Trainer.save_model`.
+
+        Raises:
+            CheckpointWriteError: see there.
+        """
+        advice = "The checkpoints are as they were; make room and save it again, or to another folder"
+        with _one_write_error(f"The model in {output_dir or self.args.output_dir}", advice):
+            super().save_model(output_dir, _internal_call)
 
     def _save_resume_state(self, directory: Path) -> None:
         state, tensors = self.resume_state()
@@ -209,12 +298,33 @@ class ResumableTrainer(Trainer):
             self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
 
 
-def _write_manifest(directory: Path) -> None:
-    files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+@contextlib.contextmanager
+def _one_write_error(what: str, advice: str) -> Iterator[None]:
+    """Makes one error of the many that torch, safetensors and Python have for a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        of_torch = isinstance(error, RuntimeError)  # its only sign of a full disk is where it was raised
+        if isinstance(error, CheckpointWriteError) or (of_torch and "inline_container" not in str(error)):
+            raise
+        raise CheckpointWriteError(f"{what} could not be written: {' '.join(str(error).split())}. {advice}") from error
+
+
+def _refuse_differences(checkpoint: Path, there: Mapping[str, Any], here: Mapping[str, Any], way: str) -> None:
+    different = [
+        f"{name}: {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]
+    ]
+    if different:
+        raise ForeignCheckpointError(f"{checkpoint} is of another run ({'; '.join(different)}): {way}")
+
+
+def _write_manifest(directory: Path, identity: Mapping[str, Any]) -> None:
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    files = {str(p.relative_to(directory)): {"bytes": p.stat().st_size, "crc32": _checksum(p)} for p in paths}
     for name in files:
         _sync(directory / name)
     manifest = directory / MANIFEST
-    manifest.write_text(json.dumps({"torch": torch.__version__, "files": files}, indent=1))
+    manifest.write_text(json.dumps({"torch": torch.__version__, **identity, "files": files}, indent=1))
     _sync(manifest)
     _sync(directory)
 
@@ -229,6 +339,14 @@ def _install(source: Path, place: Path) -> None:
     _sync(place.parent)
     if aside.exists():
         shutil.rmtree(aside)
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _sync(path: Path) -> None:

@@ -110,7 +110,10 @@ class CompletionLog:
             self._remove_later(step, mode)
             _write(path, rows)
         except OSError as error:
-            logger.warning(f"The completions of step {step} could not be written: {error}")
+            logger.warning_once(
+                f"Completions could not be written, at step {step} for the first time: {error}. Training goes on; "
+                "make room in output_dir for those of later steps."
+            )
             return None
         self._report(rows, "completions" if mode == "train" else f"{mode}_completions")
         return path
@@ -178,5 +181,8 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
         except (pa.ArrowInvalid, pa.ArrowTypeError):  # tool calls with arguments of their own kind each
             columns[name] = pa.array([json.dumps(value, default=str) for value in values])
     partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.table(columns), partial)
-    os.replace(partial, path)
+    try:
+        pq.write_table(pa.table(columns), partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

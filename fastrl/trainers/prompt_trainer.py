@@ -38,7 +38,8 @@ class PromptTrainer(ResumableTrainer):
         if train_dataset is None:
             raise ValueError("train_dataset: needed")
         PromptDataset(train_dataset, "train_dataset")
-        for name, rows in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
+        several = isinstance(eval_dataset, dict) and eval_dataset
+        for name, rows in (eval_dataset if several else {"": eval_dataset}).items():
             if rows is not None:
                 PromptDataset(rows, f"eval_dataset[{name!r}]" if name else "eval_dataset")
 

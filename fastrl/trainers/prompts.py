@@ -10,6 +10,8 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from fastrl.data.token_rows import advice_on_empty
+
 logger = logging.get_logger(__name__)
 
 
@@ -39,7 +41,7 @@ class PromptDataset(Dataset[Example]):
         if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
             raise TypeError(f"{name}: expected a datasets.Dataset or a list of rows, got {type(rows).__name__}")
         if len(rows) == 0:
-            raise ValueError(f"{name}: the dataset is empty")
+            raise ValueError(f"{name}: the dataset is empty{advice_on_empty(name)}")
         self.rows, self.name, self.only_prompt = rows, name, only_prompt
         first = rows[0]
         columns = getattr(rows, "column_names", None) or (list(first) if isinstance(first, Mapping) else None)
@@ -54,6 +56,8 @@ class PromptDataset(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
+        if not isinstance(row, Mapping):
+            raise TypeError(f"{self.name}: row {index}: expected a dict, got {type(row).__name__}")
         return Example(index, {"prompt": row["prompt"]} if self.only_prompt else dict(row))
 
 
@@ -163,7 +167,7 @@ def tokenize_prompts(
         ids = tokenizer(text=prompts)["input_ids"]
     for example, prompt in zip(examples, ids, strict=True):
         if not prompt:
-            raise ValueError(f"{name}: the prompt of row {example.position} has no tokens")
+            raise ValueError(f"{name}: the prompt of row {example.position} has no tokens: leave the row out")
         if context_length is not None and len(prompt) >= context_length:
             raise ValueError(
                 f"{name}: the prompt of row {example.position} has {len(prompt)} tokens, which leaves no room for a "

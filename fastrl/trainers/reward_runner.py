@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 RewardFunction = Callable[..., Any]
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_LARGEST = torch.finfo(torch.float32).max  # rewards are kept in fp32
 _GIVEN = ("trainer_state", "log_metric", "log_extra")  # to every function, besides one list per column
 
 
@@ -312,7 +313,7 @@ def _number(value: Any, name: str, index: int) -> float:
             "number or None"
         )
     number = float(value)
-    if not math.isfinite(number):
+    if not abs(number) <= _LARGEST:
         raise RewardFunctionError(
             f"reward function '{name}' returned {number} for completion {index}: expected a finite number, or None "
             "for no reward"

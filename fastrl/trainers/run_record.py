@@ -13,11 +13,13 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from fastrl.benchmark.machine import device_name, versions
@@ -113,6 +115,37 @@ class RunRecord(TrainerCallback):
     def _give_up(self, error: OSError) -> None:
         logger.warning(f"{self._path} is no longer kept: {error}")
         self._path = None
+
+
+class PatientTensorBoard(TensorBoardCallback):
+    """TensorBoard's callback, in which what can't be written costs the rest of its log, not the run."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Begins the log."""
+        self._attempt(super().on_train_begin, *args, **kwargs)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Adds to it."""
+        self._attempt(super().on_log, *args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Closes it."""
+        self._attempt(super().on_train_end, *args, **kwargs)
+
+    def _attempt(self, event: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        try:
+            event(*args, **kwargs)
+        except OSError as error:
+            logger.warning(f"The log of TensorBoard is no longer kept: {error}. Training goes on.")
+            self.tb_writer = self._SummaryWriter = None
+
+
+def use_patient_tensorboard(trainer: Trainer) -> None:
+    """Puts `PatientTensorBoard` in the place of transformers' own."""
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback) is TensorBoardCallback:
+            trainer.remove_callback(callback)
+            trainer.add_callback(PatientTensorBoard(callback.tb_writer))
 
 
 def _line(entry: dict[str, Any]) -> str:
