@@ -66,14 +66,19 @@ def _status(field: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
 
 
+def give_back(device: torch.device) -> None:
+    """Returns what is free in this process to the system (CPU, glibc; elsewhere nothing happens)."""
+    if device.type == "cpu" and _TRIM is not None:
+        _TRIM(0)
+
+
 def peak_growth(run: Callable[[], object], device: torch.device) -> int | None:
     """Bytes by which memory grows at most while `run` runs, from a state in which everything free was given back.
 
     Of the process (its resident set) on the CPU, of the allocator on a GPU. What `run` returns is alive at the end and
     counts. None where the system does not tell.
     """
-    if device.type == "cpu" and _TRIM is not None:
-        _TRIM(0)  # what earlier calls freed would hide what this one takes
+    give_back(device)  # what earlier calls freed would hide what this one takes
     meter = MemoryMeter(device)
     result = run()
     lap = meter.lap()

@@ -111,8 +111,10 @@ class _Race:
                 if self._is_theirs(name) and importlib.util.find_spec("trl") is None:
                     self._refuse(name, "TRL is not installed")
                     continue
-                self.say(f"starting {name}")
-                self._unless_theirs_fails(name, self._start)
+                self.workers[name] = Worker(self.folder / f"{names.index(name)}.json", self._settings(name))
+            for name in list(self.workers):
+                self.say(f"warming up {name}")
+                self._unless_theirs_fails(name, lambda name: self.workers[name].step(None))
             for round_ in range(ROUNDS):
                 began = time.monotonic()
                 for name in list(self.workers):
@@ -128,9 +130,6 @@ class _Race:
         self._compare_times()
         return list(self.rows.values())
 
-    def _start(self, name: str) -> None:
-        self.workers[name] = Worker(self.folder / f"{self.names.index(name)}.json", self._settings(name))
-
     def _steps(self, name: str, round_: int) -> None:
         """A step on each of the method's data; in the first round the gradients are compared."""
         for i, item in enumerate(self.data):
@@ -142,7 +141,7 @@ class _Race:
         if all("refused" in self.rows[name, i] for i in range(len(self.data))):
             self.workers.pop(name).stop()
 
-    def _unless_theirs_fails(self, name: str, act: Callable[[str], None]) -> None:
+    def _unless_theirs_fails(self, name: str, act: Callable[[str], object]) -> None:
         try:
             act(name)
         except ContenderFailed as error:

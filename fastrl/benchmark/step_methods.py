@@ -88,8 +88,8 @@ def _on_rows(name: str) -> Callable[[Request], Any]:
     return lambda request: request.trainer(name)
 
 
-def _in_order(rows: int, **more: Any) -> Callable[[StepData], dict[str, Any]]:
-    return lambda data: {"per_device_train_batch_size": rows, "train_sampling_strategy": "sequential", **more}
+def _in_order(data: StepData) -> dict[str, Any]:
+    return {"per_device_train_batch_size": len(data.rows), "train_sampling_strategy": "sequential"}
 
 
 def _pairs(count: int, path: str, *rest: Any) -> list[StepData]:
@@ -185,6 +185,10 @@ def _sampled(path: str, rollouts: Callable[[], Rollouts], live_shares: Sequence[
     return [with_live_share(rollouts(), share) for share in live_shares]
 
 
+def _two_groups(rollouts: Rollouts) -> Rollouts:
+    return rollouts.select(torch.arange(2 * GROUP))
+
+
 def _of_rollout(length: str, **more: Any) -> Callable[[StepData], dict[str, Any]]:
     """Arguments of an online trainer; `length` is what it calls the most tokens of a completion."""
 
@@ -202,44 +206,44 @@ METHODS: dict[str, Method] = {
     "grpo": Method("GRPO", _sampled, _grpo, {**CONTENDERS, **_SKIPS_NOTHING}, _GROUPS()),
     "grpo_kl": Method(
         "GRPO with a reference",
-        lambda path, rollouts, shares: _sampled(path, rollouts, [1.0]),
+        lambda path, rollouts, shares: [stored_data(_two_groups(rollouts()), G=GROUP)],
         _grpo,
         {**_NO_CHECKPOINTING, **_SKIPS_NOTHING},
         _GROUPS(beta=0.04),
     ),
     "sft": Method(
         "SFT",
-        partial(_texts, 16),
+        partial(_texts, 6),
         _on_rows("SFT"),
         {**CONTENDERS, "TRL, padding_free": {"trl": True, "padding_free": True, "max_length": None}},
-        _in_order(16),
+        _in_order,
     ),
-    "dpo": Method("DPO", partial(_pairs, 6), _on_rows("DPO"), arguments=_in_order(6)),
+    "dpo": Method("DPO", partial(_pairs, 3), _on_rows("DPO"), arguments=_in_order),
     "dpo_precomputed": Method(
         "DPO, reference precomputed",
-        partial(_pairs, 6),
+        partial(_pairs, 3),
         _on_rows("DPO"),
         _NO_CHECKPOINTING,
-        _in_order(6, precompute_ref_log_probs=True),
+        lambda data: {**_in_order(data), "precompute_ref_log_probs": True},
     ),
     "reward": Method(
         "Reward model",
-        partial(_pairs, 8),
+        partial(_pairs, 4),
         _on_rows("Reward"),
-        arguments=_in_order(8),
+        arguments=_in_order,
         model="AutoModelForSequenceClassification",
     ),
-    "kto": Method("KTO", partial(_answers, 5), _on_rows("KTO"), arguments=_in_order(10)),
+    "kto": Method("KTO", partial(_answers, 3), _on_rows("KTO"), arguments=_in_order),
     "distillation": Method(
         "Distillation",
-        lambda path, *rest: [stored_data(tokenized(path, pairs(10), ("chosen",)))],
+        lambda path, *rest: [stored_data(tokenized(path, pairs(6), ("chosen",)))],
         _distillation,
         arguments=_of_rollout("max_completion_length"),
         stored=TokenBatch,
     ),
     "ppo": Method(
         "PPO",
-        lambda path, rollouts, shares: [stored_data(with_values(rollouts()))],
+        lambda path, rollouts, shares: [stored_data(with_values(_two_groups(rollouts())), G=GROUP)],
         _ppo,
         {name: made for name, made in CONTENDERS.items() if "trl" not in made},  # TRL has no PPO any more
         _of_rollout("response_length", num_ppo_epochs=1, num_mini_batches=1, kl_coef=0.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastrl.benchmark.memory import MemoryMeter
+from fastrl.benchmark.memory import MemoryMeter, give_back
 from fastrl.benchmark.step_data import GROUP
 from fastrl.benchmark.step_methods import METHODS, Request
 from fastrl.trainers.rollouts import from_named_tensors
@@ -26,7 +27,10 @@ class ContenderFailed(RuntimeError):
 
 
 class Worker:
-    """A contender's process: it takes one step for each line it is sent, and answers with what the step took."""
+    """A contender's process: it takes one step for each line it is sent, and answers with what the step took.
+
+    It loads at once, beside others, and takes its first step when it is told to.
+    """
 
     def __init__(self, settings_file: Path, settings: dict[str, Any]) -> None:
         settings_file.write_text(json.dumps(settings))
@@ -40,23 +44,26 @@ class Worker:
                 stderr=log,
                 text=True,
             )
-        self._answer()  # ready: loaded, and warm
 
-    def step(self, data: int, gradients: Path | None) -> dict[str, Any]:
+    def step(self, data: int | None, gradients: Path | None = None) -> dict[str, Any]:
         """One optimizer step on the data of this number: {"seconds", "peak_bytes"}; its gradients go into the file.
+
+        data: None: the step is there to warm up.
 
         Raises:
             ContenderFailed: the process has ended.
         """
         assert self.process.stdin is not None  # a pipe
-        self.process.stdin.write(json.dumps({"data": data, "gradients": gradients and str(gradients)}) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `_answer` says how
+            self.process.stdin.write(json.dumps({"data": data, "gradients": gradients and str(gradients)}) + "\n")
+            self.process.stdin.flush()
         return self._answer()
 
     def stop(self) -> None:
         """Ends the process."""
         self.process.kill()
-        self.process.communicate()
+        with contextlib.suppress(BrokenPipeError):  # of a line that it has not read
+            self.process.communicate()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None  # a pipe
@@ -78,36 +85,30 @@ class _NoMoreOrders(Exception):
 def take_steps(
     settings: dict[str, Any], orders: Iterator[dict[str, Any]], answer: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Trains: a step to warm up, then one for each order, until there are no more.
+    """Trains: one step for each order, until there are no more.
 
     Args:
         settings: see `optimizer_step._Race`.
-        orders: {"data": number, "gradients": file or None}.
-        answer: called after each step, the first included, with {"seconds", "peak_bytes"}.
+        orders: {"data": number (None: a step to warm up), "gradients": file or None}.
+        answer: called after each step with {"seconds", "peak_bytes"}.
     """
     import transformers
     from safetensors.torch import load_file, save_file
 
     method, device = METHODS[settings["method"]], torch.device(settings["device"])
-    stored: list[Any] = []
+    batches: dict[int | None, Any] = {}
     if settings["stored"] is not None:
-        batches: list[Any] = from_named_tensors(method.stored, load_file(settings["stored"], device=str(device)))
-        stored = [batches[0].select(torch.arange(len(batches[0]), device=device) < GROUP)]  # is enough to warm up
+        batches |= enumerate(from_named_tensors(method.stored, load_file(settings["stored"], device=str(device))))
+        batches[None] = batches[0].select(torch.arange(len(batches[0]), device=device) < GROUP)  # is enough to warm up
 
     class Clock(transformers.TrainerCallback):
         """Waits for the next order where a step begins, and answers where it ends."""
 
-        warm = False
-        save: str | None = None
-
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            if self.warm:
-                order = next(orders, None)
-                if order is None:
-                    raise _NoMoreOrders
-                if stored:
-                    stored[:] = [batches[order["data"]]]
-                self.save = order["gradients"]
+            order = next(orders, None)
+            if order is None:
+                raise _NoMoreOrders
+            self.data, self.save = order["data"], order["gradients"]
             self.meter = MemoryMeter(device)
             self.elsewhere = 0.0
             self.start = time.perf_counter()
@@ -126,9 +127,10 @@ def take_steps(
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             lap = self.meter.lap()  # waits for the device
             seconds = time.perf_counter() - self.start - self.elsewhere
-            self.warm = True
+            give_back(device)  # those that wait would crowd the others out
             answer({"seconds": seconds, "peak_bytes": None if lap is None else lap.peak})
 
+    clock = Clock()
     arguments = dict(settings["arguments"])
     library = "trl" if arguments.pop("trl", False) else "fastrl"
     path = settings["model"]
@@ -153,8 +155,8 @@ def take_steps(
             **arguments,
         },
         rows=settings["rows"],
-        shared={"processing_class": transformers.AutoTokenizer.from_pretrained(path), "callbacks": [Clock()]},
-        stored=lambda: stored[0],
+        shared={"processing_class": transformers.AutoTokenizer.from_pretrained(path), "callbacks": [clock]},
+        stored=lambda: batches[clock.data],
     )
     trainer = method.make(request)
     _move_off(trainer.model)
