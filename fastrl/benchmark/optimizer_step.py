@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +115,11 @@ class _Race:
                 self.workers[name] = Worker(self.folder / f"{names.index(name)}.json", self._settings(name))
             for name in list(self.workers):
                 self.say(f"warming up {name}")
-                self._unless_theirs_fails(name, lambda name: self.workers[name].step(None))
+                self._unless_theirs_fails(name, partial(self.workers[name].step, None))
             for round_ in range(ROUNDS):
                 began = time.monotonic()
                 for name in list(self.workers):
-                    self._unless_theirs_fails(name, lambda name: self._steps(name, round_))  # noqa: B023 (called at once)
+                    self._unless_theirs_fails(name, partial(self._steps, name, round_))
                 if time.monotonic() + (time.monotonic() - began) > deadline:
                     break
         finally:
@@ -141,9 +142,9 @@ class _Race:
         if all("refused" in self.rows[name, i] for i in range(len(self.data))):
             self.workers.pop(name).stop()
 
-    def _unless_theirs_fails(self, name: str, act: Callable[[str], object]) -> None:
+    def _unless_theirs_fails(self, name: str, act: Callable[[], object]) -> None:
         try:
-            act(name)
+            act()
         except ContenderFailed as error:
             if not self._is_theirs(name):
                 raise
