@@ -1,10 +1,13 @@
 """What all trainers and their configs do alike with arguments: defaults that depend on others, and refusals."""
 
+import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import Trainer, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
+
+Config = TypeVar("Config", bound=Any)
 
 # A mapping, which a command line gives as JSON text: `HfArgumentParser` needs `str` as the second of the types, and
 # `TrainingArguments` reads the text of its `_VALID_DICT_FIELDS`.
@@ -37,6 +40,22 @@ def refuse_given(arguments: Mapping[str, tuple[Any, str]]) -> None:
     for name, (value, why) in arguments.items():
         if value is not None:
             raise ValueError(f"{name}: not supported: {why}")
+
+
+def with_quantization(args: Config, model: Any, quantization_config: Any) -> Config:
+    """The arguments with a quantization of the model among `model_init_kwargs`, as TRL's trainers take it apart.
+
+    Raises:
+        ValueError: the model is an object, which is quantized or not; or there already is one among them.
+    """
+    if quantization_config is None:
+        return args
+    settings = args.model_init_kwargs or {}
+    if not isinstance(model, str) or "quantization_config" in settings:
+        raise ValueError("quantization_config: only for a model given by path, and not in model_init_kwargs, too")
+    args = copy.copy(args)
+    args.model_init_kwargs = {**settings, "quantization_config": quantization_config}
+    return args
 
 
 def refuse_launch(trainer: Trainer) -> None:

@@ -13,7 +13,7 @@ from fastrl.integrations import LMHead
 from fastrl.objectives import DistillationOutput, linear_distillation_loss
 from fastrl.rollout import Completions, RolloutEngine, TransformersEngine
 from fastrl.trainers import model_setup
-from fastrl.trainers.arguments import refuse_given
+from fastrl.trainers.arguments import refuse_given, with_quantization
 from fastrl.trainers.distillation_config import DistillationConfig
 from fastrl.trainers.micro_batches import MicroBatch
 from fastrl.trainers.online import OnlineTrainer
@@ -51,7 +51,8 @@ class DistillationTrainer(OnlineTrainer):
         callbacks, optimizers: as in `transformers.Trainer`.
         peft_config: wraps the student in an adapter.
         rollout_engine: samples the student's completions; None: vLLM with `use_vllm`, else the model itself.
-        quantization_config, tools: refused.
+        quantization_config: of a student given by path.
+        tools: refused.
 
     Departures from TRL:
       - The loss is a mean over the tokens of the optimizer step, whatever its split into micro-batches; so it is in
@@ -94,12 +95,8 @@ class DistillationTrainer(OnlineTrainer):
         args = DistillationConfig() if args is None else args
         if not isinstance(args, DistillationConfig):
             raise TypeError(f"args: expected a fastrl.DistillationConfig, got {type(args).__name__}")
-        refuse_given(
-            {
-                "quantization_config": (quantization_config, "put it into args.model_init_kwargs"),
-                "tools": (tools, "completions are sampled in one go, without calls in between"),
-            }
-        )
+        args = with_quantization(args, model, quantization_config)
+        refuse_given({"tools": (tools, "completions are sampled in one go, without calls in between")})
         if teacher_model is model and not isinstance(model, str):
             raise ValueError("teacher_model: expected a model of its own, got the student itself")
         train_dataset, eval_dataset = split_conversations(train_dataset), split_conversations(eval_dataset)

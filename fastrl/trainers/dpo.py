@@ -25,7 +25,7 @@ from fastrl.objectives import (
 )
 from fastrl.objectives.pairs import PairObjective
 from fastrl.trainers import model_setup
-from fastrl.trainers.arguments import refuse_given
+from fastrl.trainers.arguments import refuse_given, with_quantization
 from fastrl.trainers.dpo_config import DPOConfig, KTOConfig, needs_reference
 from fastrl.trainers.offline import OfflineTrainer, PassOutput
 from fastrl.trainers.packing import Pass
@@ -99,9 +99,9 @@ class DPOTrainer(OfflineTrainer):
         refused = {
             "data_collator": (data_collator, "batches are made of packed rows"),
             "compute_metrics": (compute_metrics, "it needs the logits"),
-            "quantization_config": (quantization_config, "put it into args.model_init_kwargs"),
         }
         refuse_given(refused)
+        args = with_quantization(args or self.config_class(), model, quantization_config)
         if ref_model is not None and not isinstance(ref_model, PreTrainedModel):
             raise TypeError(f"ref_model: expected a transformers model, got {type(ref_model).__name__}")
         if ref_model is model:

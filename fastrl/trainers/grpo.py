@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from fastrl.objectives import AdaptiveEntropy, PolicyObjective, RolloutCorrection, combine_rewards, compute_advantages
 from fastrl.rollout import RolloutEngine
 from fastrl.trainers import model_setup
-from fastrl.trainers.arguments import refuse_given
+from fastrl.trainers.arguments import refuse_given, with_quantization
 from fastrl.trainers.dynamic_sampling import GroupRefill
 from fastrl.trainers.grpo_config import GRPOConfig
 from fastrl.trainers.metrics import reward_metrics
@@ -48,7 +48,8 @@ class GRPOTrainer(OnlineTrainer):
         peft_config: wraps the model in an adapter.
         rollout_engine: samples the completions; None: vLLM with `use_vllm`, else the model itself.
         correction: of the mismatch with another engine; None: TRL's, as `vllm_importance_sampling_*` say.
-        quantization_config, tools, rollout_func, environment_factory: refused.
+        quantization_config: of a model given by path.
+        tools, rollout_func, environment_factory: refused.
 
     Departures from TRL:
       - Sequences that carry no gradient (advantage 0, no KL, no entropy bonus, no experts) skip the model's forward and
@@ -111,9 +112,9 @@ class GRPOTrainer(OnlineTrainer):
         args = GRPOConfig() if args is None else args
         if not isinstance(args, GRPOConfig):
             raise TypeError(f"args: expected a fastrl.GRPOConfig, got {type(args).__name__}")
+        args = with_quantization(args, model, quantization_config)
         refuse_given(
             {
-                "quantization_config": (quantization_config, "put it into args.model_init_kwargs"),
                 "tools": (tools, "completions are sampled in one go, without calls in between"),
                 "rollout_func": (rollout_func, "pass a rollout_engine, which is given token ids"),
                 "environment_factory": (environment_factory, "as tools"),

@@ -33,7 +33,7 @@ from fastrl.objectives.reward_model import (
 from fastrl.objectives.score_head import row_scores
 from fastrl.rewards.model import COMPLETE_TEXTS
 from fastrl.trainers import model_setup
-from fastrl.trainers.arguments import refuse_given
+from fastrl.trainers.arguments import refuse_given, with_quantization
 from fastrl.trainers.metrics import MetricRange
 from fastrl.trainers.offline import OfflineTrainer, PassOutput
 from fastrl.trainers.packing import Pass
@@ -70,8 +70,8 @@ class RewardTrainer(OfflineTrainer):
         processing_class: the tokenizer; None: the one beside the model.
         callbacks, optimizers, optimizer_cls_and_kwargs: as in `transformers.Trainer`.
         peft_config: wraps the model in an adapter; give it `modules_to_save=["score"]`, so that the score layer learns.
-        data_collator, compute_metrics, preprocess_logits_for_metrics, quantization_config: refused, the message says
-            why.
+        quantization_config: of a model given by path.
+        data_collator, compute_metrics, preprocess_logits_for_metrics: refused, the message says why.
 
     A prompt is encoded once for all of its answers, and the score layer sees only the hidden states that the loss
     reads. The loss is a mean over the pairs of the optimizer step (K-ranked: the prompts with answers of different
@@ -111,9 +111,9 @@ class RewardTrainer(OfflineTrainer):
             "data_collator": (data_collator, "batches are made of packed rows"),
             "compute_metrics": (compute_metrics, "evaluation keeps no scores; it reports accuracy and rewards"),
             "preprocess_logits_for_metrics": (preprocess_logits_for_metrics, "evaluation keeps no scores"),
-            "quantization_config": (quantization_config, "put it into args.model_init_kwargs"),
         }
         refuse_given(refused)
+        args = with_quantization(args or self.config_class(), model, quantization_config)
         super().__init__(
             model=model,
             args=args,

@@ -16,7 +16,7 @@ from fastrl.data.token_rows import TokenRow, TokenRows, token_row
 from fastrl.integrations import LMHead
 from fastrl.objectives import LossOutput, linear_sft_loss
 from fastrl.trainers import model_setup
-from fastrl.trainers.arguments import refuse_given
+from fastrl.trainers.arguments import refuse_given, with_quantization
 from fastrl.trainers.offline import OfflineTrainer, PassOutput
 from fastrl.trainers.packing import Pass
 from fastrl.trainers.row_batch import RowBatch
@@ -36,8 +36,8 @@ class SFTTrainer(OfflineTrainer):
         callbacks, optimizers, optimizer_cls_and_kwargs: as in `transformers.Trainer`.
         peft_config: wraps the model in an adapter.
         formatting_func: a row -> its text, or a list of messages.
-        data_collator, compute_loss_func, compute_metrics, preprocess_logits_for_metrics, quantization_config: refused,
-            the message says why.
+        quantization_config: of a model given by path.
+        data_collator, compute_loss_func, compute_metrics, preprocess_logits_for_metrics: refused, the message says why.
 
     Metrics: loss, entropy, num_tokens, with a mixture of experts aux_loss, and in evaluation mean_token_accuracy.
 
@@ -78,9 +78,9 @@ class SFTTrainer(OfflineTrainer):
             "compute_loss_func": (compute_loss_func, "it needs the logits; override pass_loss in a subclass"),
             "compute_metrics": (compute_metrics, "it needs the logits"),
             "preprocess_logits_for_metrics": (preprocess_logits_for_metrics, "there are no logits"),
-            "quantization_config": (quantization_config, "put it into args.model_init_kwargs"),
         }
         refuse_given(refused)
+        args = with_quantization(args or self.config_class(), model, quantization_config)
         if formatting_func is not None and args is not None and args.completion_only_loss:
             raise ValueError(
                 "formatting_func: makes texts without a completion, so completion_only_loss=True cannot be met; leave "
