@@ -3,6 +3,7 @@ of the model's state put back afterwards."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -138,6 +139,11 @@ class TransformersEngine:
         settings = {**(self.continuous_batching or {}), "return_logprobs": sampling.logps}
         # Left alone it draws a seed that torch's random state does not determine.
         settings.setdefault("seed", int(torch.randint(2**31, ())))
+        if next(model.parameters()).device.type == "cpu":
+            # Or the cache takes nine tenths of the machine's memory. A block holds page_size tokens of one completion.
+            page, new = settings.get("page_size", ContinuousBatchingConfig.page_size), sampling.max_tokens
+            settings.setdefault("num_blocks", 1 + sum(math.ceil((len(ids) + new) / page) for ids in rows))
+            settings.setdefault("max_batch_tokens", min(8192, sum(map(len, rows))))
         outputs = innermost_causal_lm(model).generate_batch(  # type: ignore[operator]
             rows,
             generation_config=config,

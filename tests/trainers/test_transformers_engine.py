@@ -160,6 +160,24 @@ def test_continuous_batching_samples_the_same_greedily_and_leaves_the_model() ->
     assert model.training and model.config._attn_implementation == attention
 
 
+def test_continuous_batching_reserves_no_more_cache_than_completions_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, configs = tiny_model(), []
+    make = model.generate_batch
+
+    def recorded(*args: Any, continuous_batching_config: Any, **kwargs: Any) -> Any:
+        configs.append(continuous_batching_config)
+        return make(*args, continuous_batching_config=continuous_batching_config, **kwargs)
+
+    monkeypatch.setattr(model, "generate_batch", recorded)
+    sampling = SamplingParams(max_tokens=10, temperature=0)
+    for settings in ({"page_size": 16}, {"page_size": 16, "num_blocks": 40}):
+        engine(model, continuous_batching=settings).generate(PROMPTS, 2, sampling)
+    page = 16
+    needed = 2 * sum(-(-(len(ids) + 10) // page) for ids in PROMPTS)
+    assert [config.num_blocks for config in configs] == [needed + 1, 40]  # a given one wins
+    assert configs[0].max_batch_tokens == 2 * sum(map(len, PROMPTS))
+
+
 def test_seed() -> None:
     rollouts = engine(tiny_model(), ())
     torch.manual_seed(0)
