@@ -1,6 +1,5 @@
-"""An SFT run for the tests of resuming; as a script, it is killed."""
+"""SFT runs for the tests of resuming."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,12 @@ TEXTS = [
     "f h j l n p r t v x", "0 2 4",
 ]  # fmt: skip
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 1}
-FOREVER = {"max_steps": 12, "save_steps": 1}  # long enough to be killed in
-TIMES = ("tokens_per_second", "runtime", "per_second", "train_loss", "total_flos")
 
 
-def train(directory: Path, *, resume: bool = False, **settings: Any) -> SFTTrainer:
-    """Twelve texts, four of them in a step."""
-    callbacks, peft = settings.pop("callbacks", None), settings.pop("peft", None)
+def sft_trainer(directory: Path, *, trainer: dict[str, Any] | None = None, **settings: Any) -> SFTTrainer:
+    """Twelve texts, four of them in a step; "dropout" is the model's."""
     model = tiny_model(attention_dropout=settings.pop("dropout", 0.0))
-    arguments = {
+    config = {
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         "logging_steps": 1,
@@ -35,24 +31,18 @@ def train(directory: Path, *, resume: bool = False, **settings: Any) -> SFTTrain
         "lr_scheduler_type": "constant",
         **settings,
     }
-    trainer = SFTTrainer(
-        model,
-        SFTConfig(str(directory), **arguments),
-        train_dataset=[{"text": text} for text in TEXTS],
-        eval_dataset=[{"text": text} for text in TEXTS[:3]],
-        processing_class=make_tokenizer(),
-        callbacks=callbacks,
-        peft_config=peft,
-    )
+    arguments = {
+        "train_dataset": [{"text": text} for text in TEXTS],
+        "eval_dataset": [{"text": text} for text in TEXTS[:3]],
+        "processing_class": make_tokenizer(),
+        **(trainer or {}),
+    }
+    return SFTTrainer(model, SFTConfig(str(directory), **config), **arguments)
+
+
+def train(directory: Path, *, resume: bool = False, **settings: Any) -> SFTTrainer:
+    """Such a run; "callbacks" and "peft" are the trainer's."""
+    given = {"callbacks": settings.pop("callbacks", None), "peft_config": settings.pop("peft", None)}
+    trainer = sft_trainer(directory, trainer=given, **settings)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
-
-
-def history(trainer: SFTTrainer) -> list[dict[str, Any]]:
-    """What was logged, without what the clock decides."""
-    kept = [{k: v for k, v in log.items() if not any(part in k for part in TIMES)} for log in trainer.state.log_history]
-    return [log for log in kept if len(log) > 2]  # the closing summary has only epoch and step left
-
-
-if __name__ == "__main__":
-    train(Path(sys.argv[1]), **FOREVER)

@@ -13,6 +13,7 @@ import pytest
 import sft_runs
 import torch
 import two_processes
+from tiny_runs import history
 
 SCRIPT = Path(two_processes.__file__)
 
@@ -58,7 +59,7 @@ def test_offline_losses_are_normalized_over_processes(tmp_path: Path, found: dic
     """Texts of uneven lengths: the tokens of both processes are what the loss of each is divided by. Rows that one of
     them repeats, since three cannot be shared equally, do not count in the evaluation."""
     batches = {"per_device_train_batch_size": 4, **sft_runs.EVALUATING}
-    one = sft_runs.history(sft_runs.train(tmp_path, max_steps=6, **batches))
+    one = history(sft_runs.train(tmp_path, max_steps=6, **batches))
     assert len(one) == len(found["sft"]["logs"]) == 8 and sum("eval_loss" in log for log in one) == 2
     for want, got in zip(one, found["sft"]["logs"], strict=True):
         assert want.keys() == got.keys()

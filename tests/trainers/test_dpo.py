@@ -1,12 +1,7 @@
 """DPOTrainer: one step whatever the split, every kind of reference, KTO, methods without one, what is refused."""
 
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +13,6 @@ from peft import LoraConfig, get_peft_model
 from tiny_runs import TEMPLATE, WORDS, make_tokenizer, tiny_model
 
 from fastrl.objectives import kto_loss
-from fastrl.trainers.checkpointing import newest_complete
 
 LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
 UNPAIRED: list[dict[str, Any]] = [
@@ -352,50 +346,3 @@ def test_the_script_of_trls_documentation(tmp_path: Path) -> None:
     found: dict[str, Any] = {}
     exec(script, found)
     assert found["trainer"].state.global_step == 3
-
-
-# A process that is killed --------------------------------------------------------------------------------------------
-
-RUN = """
-import sys
-sys.path[:0] = {path!r}
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from dpo_runs import dpo_trainer
-dpo_trainer(Path({folder!r}), **{settings!r}).train()
-"""
-
-
-@pytest.mark.parametrize("settings", [{"loss_type": ["sigmoid", "sft"]}], ids=["dpo"])
-def test_killed_process(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """SIGKILL at a random step: the run resumes and ends where the uninterrupted one does, bit for bit."""
-    settings = {
-        **settings,
-        "max_steps": 16,
-        "optim": "adamw_torch",
-        "learning_rate": 1e-3,
-        "train_sampling_strategy": "random",
-        "save_steps": 1,
-    }
-    straight = dpo_trainer(tmp_path / "straight", **settings)
-    _, logs = run(straight)
-    settings["save_strategy"] = "steps"
-    code = RUN.format(path=[str(Path(__file__).parent), *sys.path], folder=str(tmp_path), settings=settings)
-    killed = subprocess.Popen([sys.executable, "-c", code], env=os.environ)
-    last = random.randint(1, 10)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / f"checkpoint-{last}").exists():
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    newest = newest_complete(tmp_path / "run")
-    assert newest is not None and last <= int(newest.rpartition("-")[2]) < 16
-    resumed = dpo_trainer(tmp_path, **settings)
-    resumed.train(resume_from_checkpoint=True)
-    for mine, theirs in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
-    for mine, theirs in zip([log for log in resumed.state.log_history if "loss" in log], logs, strict=True):
-        mine, theirs = ({k: v for k, v in log.items() if k != "tokens_per_second"} for log in (mine, theirs))
-        assert mine == theirs

@@ -4,12 +4,7 @@ What was being written when a process died is never taken for a checkpoint."""
 import json
 import math
 import os
-import re
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,20 +14,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny_runs import ScriptedEngine, count_letters, tiny_model
+from tiny_runs import ScriptedEngine, count_letters, history, tiny_model
 
 from fastrl.trainers import GRPOTrainer
 from fastrl.trainers.checkpointing import MANIFEST, IncompleteCheckpointError, check_complete, newest_complete
 from fastrl.trainers.run_record import METRICS_FILE, RUN_FILE
 
 Make = Callable[..., GRPOTrainer]
-TIMES = ("step_time", "tokens_per_second", "runtime", "per_second", "train_loss", "total_flos")
-
-
-def history(trainer: GRPOTrainer) -> list[dict[str, Any]]:
-    """What was logged, without what the clock decides."""
-    kept = [{k: v for k, v in log.items() if not any(part in k for part in TIMES)} for log in trainer.state.log_history]
-    return [log for log in kept if len(log) > 2]  # the closing summary has only epoch and step left
 
 
 def weights(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
@@ -262,51 +250,3 @@ def test_an_error_leaves_the_checkpoint_good(make_trainer: Make) -> None:
     fresh = make_trainer(max_steps=3)
     fresh.train(resume_from_checkpoint=True)
     assert fresh.state.global_step == 3
-
-
-# A process that is killed
-
-
-RUN = """
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from tiny_runs import count_letters, make_tokenizer, tiny_model
-import json
-from datasets import Dataset
-from fastrl.trainers import GRPOConfig, GRPOTrainer
-rows = Dataset.from_dict({{"prompt": ["a", "b c", "d e f", "g h", "k", "l m", "n o p", "s t"]}})
-args = GRPOConfig({run!r}, per_device_train_batch_size=8, num_generations=4, max_completion_length=6, max_steps={steps},
-    learning_rate=1e-2, logging_steps=1, save_strategy="steps", save_steps=1, save_total_limit=2, report_to="none",
-    disable_tqdm=True, gradient_checkpointing=False, use_cpu=True, lr_scheduler_type="constant")
-trainer = GRPOTrainer(tiny_model(), count_letters, args, rows, processing_class=make_tokenizer())
-trainer.train(resume_from_checkpoint={resume})
-logs = [{{k: v for k, v in log.items() if k in ("reward", "loss", "grad_norm", "entropy", "step")}}
-        for log in trainer.state.log_history]
-Path({out!r}).write_text(json.dumps([logs[:-1], [p.double().sum().item() for p in trainer.model.parameters()]]))
-"""
-
-
-def test_killed_process(tmp_path: Path) -> None:
-    """SIGKILL at any moment: the run resumes and ends where the uninterrupted one does."""
-
-    def start(run: str, out: str, resume: bool, steps: int = 12) -> subprocess.Popen[bytes]:
-        tests = str(Path(__file__).parent)
-        code = RUN.format(tests=tests, run=str(tmp_path / run), out=str(tmp_path / out), resume=resume, steps=steps)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        return subprocess.Popen([sys.executable, "-X", "faulthandler", "-c", code], env=environment)
-
-    assert start("straight", "straight.json", False).wait(180) == 0
-    killed = start("killed", "killed.json", False)
-    deadline = time.monotonic() + 120
-    while newest_complete(tmp_path / "killed") is None or len(list((tmp_path / "killed").glob("checkpoint-*"))) < 2:
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed.json").exists()
-    newest = newest_complete(tmp_path / "killed")
-    assert newest is not None and re.search(r"checkpoint-\d+$", newest)
-    assert start("killed", "killed.json", True).wait(180) == 0
-    assert json.loads((tmp_path / "killed.json").read_text()) == json.loads((tmp_path / "straight.json").read_text())
-    shutil.rmtree(tmp_path / "straight")

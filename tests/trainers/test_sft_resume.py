@@ -1,10 +1,5 @@
 """An SFT run that is cut off and resumed is the run that was not. TRL's script runs with another import."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +7,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from sft_runs import FOREVER, history, train
-from tiny_runs import make_tokenizer, tiny_model
+from sft_runs import train
+from tiny_runs import history, make_tokenizer, tiny_model
 from transformers import TrainerCallback
 
 from fastrl.trainers.checkpointing import newest_complete
 
-SCRIPT = Path(__file__).with_name("sft_runs.py")
 SITUATIONS: dict[str, dict[str, Any]] = {
     "second_epoch": {"max_steps": 7, "save_steps": 5},  # three steps to an epoch
     "accumulation_between_two_logs_in_workers": {
@@ -77,25 +71,6 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, situation: str
 def test_a_different_seed_is_a_different_order(tmp_path: Path) -> None:
     losses = [[log["loss"] for log in history(train(tmp_path / str(seed), max_steps=2, seed=seed))] for seed in (1, 2)]
     assert losses[0] != losses[1]
-
-
-def test_killed_process(tmp_path: Path) -> None:
-    """SIGKILL at any moment: the run resumes and ends where the uninterrupted one does."""
-    search = os.pathsep.join([str(SCRIPT.parent), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen([sys.executable, str(SCRIPT), str(tmp_path / "killed")], env=environment)
-    straight = train(tmp_path / "straight", **FOREVER)
-    deadline = time.monotonic() + 120
-    while newest_complete(tmp_path / "killed") is None:
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    resumed = train(tmp_path / "killed", resume=True, **FOREVER)
-    assert history(resumed) == history(straight) and len(history(straight)) == FOREVER["max_steps"]
-    weights = dict(resumed.model.named_parameters())
-    for name, weight in straight.model.named_parameters():
-        assert torch.equal(weight, weights[name]), name
 
 
 TRL_SCRIPT = """

@@ -119,3 +119,17 @@ def record_rollouts(trainer: GRPOTrainer) -> list[Rollouts]:
 
     trainer.make_rollouts = making  # type: ignore[method-assign]
     return made
+
+
+# Parts of the names of what the clock decides.
+TIMES = ("step_time", "tokens_per_second", "runtime", "per_second", "train_loss", "total_flos")
+
+
+def history(trainer: Any) -> list[dict[str, Any]]:
+    """What was logged, without what the clock decides."""
+    kept = []
+    for log in trainer.state.log_history:
+        timeless = {k: v for k, v in log.items() if k != "eps" and not any(part in k for part in TIMES)}
+        if len(timeless) > 2:  # the closing summary has only epoch and step left
+            kept.append(timeless)
+    return kept

@@ -13,7 +13,7 @@ import sft_runs
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from tiny_runs import GradientRecorder, ScriptedEngine, count_letters, make_tokenizer, tiny_model
+from tiny_runs import GradientRecorder, ScriptedEngine, count_letters, history, make_tokenizer, tiny_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -134,7 +134,7 @@ if __name__ == "__main__":
     found["resumed"] = train("dapo", run / "dapo", batch=4, resume=True)
     found["shard"] = shard()  # type: ignore[assignment]
     sft = sft_runs.train(run / "sft", max_steps=6, per_device_train_batch_size=2, **sft_runs.EVALUATING)
-    found["sft"] = {"logs": sft_runs.history(sft)}
+    found["sft"] = {"logs": history(sft)}
     for kind, settings in PREFERENCES.items():
         trainer = dpo_runs.dpo_trainer(run / kind, per_device_train_batch_size=2, max_grad_norm=0.0, **settings)
         grads, logs = dpo_runs.run(trainer)
