@@ -1,15 +1,20 @@
 """Entry point of `fastrl`: parses the subcommand and turns a user's mistake into one line on stderr.
 
-Exit codes: 0 success, 1 a failed check or an unexpected error (then with its traceback), 2 a user's mistake, 130
-interrupted.
+Exit codes: 0 success, 1 a failed check or an unexpected error (then with its traceback), 2 a user's mistake or a full
+disk, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from fastrl.cli import bench, doctor, eval, plot, sample, train, vllm_serve
 from fastrl.cli.errors import UserError
@@ -27,17 +32,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.overrides = rest
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return int(arguments.run(arguments))
-    except UserError as error:
+        with _terminated_like_interrupted():
+            return int(arguments.run(arguments))
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        code, message = _explained(error, arguments.interrupted)
+        if code is None:
+            raise
         if arguments.debug:
             traceback.print_exc()
-        print(f"fastrl {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if arguments.debug:
-            traceback.print_exc()
-        print(f"\nfastrl {arguments.command}: interrupted{arguments.interrupted}", file=sys.stderr)
-        return 130
+        print(f"fastrl {arguments.command}: {message}", file=sys.stderr)
+        return code
+
+
+def _explained(error: BaseException, hint: str) -> tuple[int | None, str]:
+    """The exit code and the line for an error; None: one that is not expected."""
+    if isinstance(error, UserError):
+        return 2, " ".join(str(error).split())
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return (2 if full else None), f"{error}: make room, then run the command again{hint}"
+    if isinstance(error, Terminated):
+        return 143, f"terminated{hint}"
+    print(file=sys.stderr)  # the terminal shows ^C
+    return 130, f"interrupted{hint}"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what an interruption cleans up is cleaned up then, too."""
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -151,15 +151,19 @@ def _train(
         )
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
+    from fastrl.trainers.checkpointing import CheckpointWriteError
+
     trainer.record.settings = asdict(script)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=checkpoint is not None)  # an older one, if that one is of another run
+        trainer.save_model(args.output_dir)
+        trainer.save_state()
+    except CheckpointWriteError as error:
+        raise UserError(str(error)) from error
     except (ValueError, TypeError, ConnectionError) as error:
         if not raised_by_fastrl(error):
             raise
         raise UserError(f"{error}{_place_of(error.__cause__)}") from error
-    trainer.save_model(args.output_dir)
-    trainer.save_state()
     _say(f"model saved to {args.output_dir}")
 
 
