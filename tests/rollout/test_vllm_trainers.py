@@ -265,7 +265,7 @@ def test_an_evaluation_and_samples_with_vllm(tmp_path: Path, folder: Path, monke
     assert results["prompts"] == 100 and 0.2 < results["curves"]["pass@n"][0]["mean"] < 0.9
     assert main(["sample", *common, "--output_file", "best.jsonl", "--reward_threshold", "1"]) == 0
     best = [json.loads(line) for line in Path("best.jsonl").read_text().splitlines()]
-    assert len(best) > 80 and all(row["completion"].split()[:1] < ["n"] for row in best)
+    assert len(best) > 30 and all(row["completion"].split()[:1] < ["n"] for row in best)
 
 
 class Kills(TrainerCallback):
