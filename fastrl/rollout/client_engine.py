@@ -44,6 +44,7 @@ class VLLMClientEngine:
 
     Attributes:
         version: the number of weight updates the server had seen when it sampled the last completions.
+        max_model_length: tokens of prompt and completion together; None: the server does not tell.
 
     Raises:
         RolloutServerError: no server answers at `url` within `timeout`.
@@ -75,7 +76,9 @@ class VLLMClientEngine:
         told = 0.0
         while True:
             try:
-                self.version: int = self._ask("GET", "/health", timeout=min(timeout, 10.0))["version"]
+                health = self._ask("GET", "/health", timeout=min(timeout, 10.0))
+                self.version: int = health["version"]
+                self.max_model_length: int | None = health.get("model", {}).get("max_model_length")
                 self._found = True
                 return
             except RolloutServerError as error:

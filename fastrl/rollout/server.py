@@ -69,7 +69,7 @@ class RolloutServer:
     Args:
         engine: what samples; used by that thread alone.
         host, port: where to listen; port 0: a free one, see `url`.
-        sizes: of the engine's model (`model_sizes`), for a client to compare with its own.
+        sizes: of the engine's model (`model_sizes`), for a client to compare with its own, and "max_model_length".
 
     `serve()` runs it in the calling thread, where vLLM's engine must run that was made there.
     """

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gpu_memory_utilization=args.gpu_memory_utilization,
         llm_kwargs=args.llm_kwargs,
     )
-    sizes = model_sizes(engine.llm.llm_engine.model_config.hf_config)
+    sizes = model_sizes(engine.llm.llm_engine.model_config.hf_config) | {"max_model_length": engine.max_model_length}
     server = RolloutServer(engine, args.host, args.port, sizes=sizes)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where the parent process ignored them
         signal.signal(number, signal.default_int_handler)

@@ -280,45 +280,55 @@ class Ends(TrainerCallback):
             self.stop()
 
 
+def make_trainer(folder: Path, port: int, *callbacks: TrainerCallback, **config: Any) -> GRPOTrainer:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "use_vllm": True,
+        "vllm_mode": "server",
+        "vllm_server_port": port,
+        **config,
+    }
+    rows = Dataset.from_dict({"prompt": ["a", "b c", "d e f", "g h i j"]})
+    arguments = {"processing_class": make_tokenizer(), "callbacks": list(callbacks)}
+    return GRPOTrainer(tiny_model(), count_letters, GRPOConfig(**settings), train_dataset=rows, **arguments)
+
+
 @pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "async"])
 def test_a_run_whose_server_ends_resumes_with_a_new_one(tmp_path: Path, ahead: bool) -> None:
     port = free_port()
-
-    def make(*callbacks: TrainerCallback) -> GRPOTrainer:
-        args = GRPOConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=8,
-            num_generations=4,
-            max_completion_length=8,
-            max_steps=4,
-            learning_rate=1e-2,
-            logging_steps=1,
-            save_steps=1,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            use_vllm=True,
-            vllm_mode="server",
-            vllm_server_port=port,
-            async_rollouts=ahead,
-        )
-        rows = Dataset.from_dict({"prompt": ["a", "b c", "d e f", "g h i j"]})
-        arguments = {"processing_class": make_tokenizer(), "callbacks": list(callbacks)}
-        return GRPOTrainer(tiny_model(), count_letters, args, train_dataset=rows, **arguments)
-
     engine = NamedWeightsEngine()
     with ExitStack() as stack:
         stack.enter_context(serving(engine, port))
+        trainer = make_trainer(tmp_path, port, Ends(stack.close), async_rollouts=ahead)
         with pytest.raises(RolloutServerError, match=r"no server .* and resume from the last checkpoint"):
-            make(Ends(stack.close)).train()
+            trainer.train()
     with serving(NamedWeightsEngine(), port):
-        trainer = make()
+        trainer = make_trainer(tmp_path, port, async_rollouts=ahead)
         trainer.train(resume_from_checkpoint=True)
     logs = [log for log in trainer.state.log_history if "reward" in log]
     assert [log["step"] for log in logs] == [1, 2, 3, 4]
     assert len(engine.calls) == (3 if ahead else 2)  # the run did go on from the second step
     assert all(log["sampling/sampling_logp_difference/mean"] < 1e-4 for log in logs) or ahead
+
+
+def test_a_prompt_longer_than_the_servers_context_is_named(tmp_path: Path) -> None:
+    port = free_port()
+    with serving(NamedWeightsEngine(), port, {"max_model_length": 4}):
+        trainer = make_trainer(tmp_path, port, shuffle_dataset=False)
+        assert trainer.collector.context_length == 4
+        with pytest.raises(ValueError, match=r"train_dataset: .*row 3.*4 tokens"):
+            trainer.train()
 
 
 def test_the_clients_ends_win_over_the_servers() -> None:
