@@ -96,8 +96,8 @@ def read_arguments(method: Method, config: str | None, overrides: list[str]) -> 
     for name in _LAUNCH:
         if name in settings:
             raise UserError(
-                f"{settings[name].place}: {name}: fastrl starts no processes; write: accelerate launch --{name} ... -m "
-                f"fastrl {method.name} ..."
+                f"{settings[name].place}: {name} is for accelerate, fastrl starts no processes; write: accelerate "
+                f"launch --{name} ... -m fastrl {method.name} ..."
             )
     if "env" in settings:  # as in TRL's files
         variables = settings.pop("env")
@@ -155,7 +155,10 @@ def _train(
 
     trainer.record.settings = asdict(script)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint is not None)  # an older one, if that one is of another run
+        named = script.resume_from_checkpoint
+        if not isinstance(named, str):
+            named = checkpoint is not None  # an older one, if that one is of another run
+        trainer.train(resume_from_checkpoint=named)
         trainer.save_model(args.output_dir)
         trainer.save_state()
     except CheckpointWriteError as error:

@@ -23,6 +23,12 @@ class Color(enum.Enum):
 
 
 @dataclasses.dataclass
+class Entry:
+    name: str
+    size: int = 1
+
+
+@dataclasses.dataclass
 class Settings:
     rate: float = 0.1
     steps: int = 3
@@ -34,6 +40,7 @@ class Settings:
     extra: dict[str, Any] | str | None = None
     kind: Literal["a", "b"] = "a"
     hook: Callable[[], None] | None = None
+    entries: list[Entry] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -52,6 +59,7 @@ def test_values_keep_their_types(tmp_path):
     settings = from_yaml(tmp_path, text)
     assert settings.rate == 1e-5 and settings.steps == 7 and settings.name == "no" and settings.flag is True
     assert settings.schedule is Color.BLUE and settings.parts == ["x", "y"] and settings.extra == {"deep": {"er": [1]}}
+    assert from_yaml(tmp_path, "entries: [{name: a}, {name: b, size: 2}]\n").entries == [Entry("a"), Entry("b", 2)]
     assert from_yaml(tmp_path, "") == Settings()
 
 
@@ -61,6 +69,10 @@ def test_overrides_win_and_are_read_by_the_type_of_the_field(tmp_path):
     settings = from_yaml(tmp_path, "steps: 2\nname: file\n", *words)
     assert settings.steps == 9 and settings.rate == 1e-3 and settings.name == "007" and settings.kind == "b"
     assert settings.parts == ["x", "y"] and settings.weights == [1, 2.5] and settings.schedule is Color.RED
+    assert (
+        from_yaml(tmp_path, "", "--flag").flag is True
+        and from_yaml(tmp_path, "flag: true\n", "--no_flag").flag is False
+    )
     settings = from_yaml(tmp_path, "", "--parts", "x", "--name", "null", "--rate", "-1", "--extra", "{a: 1}")
     assert settings.parts == ["x"] and settings.name is None and settings.rate == -1 and settings.extra == {"a": 1}
 
@@ -87,6 +99,13 @@ def test_overrides_win_and_are_read_by_the_type_of_the_field(tmp_path):
         ("", "--steps many", "--steps: expected a whole number, got 'many'"),
         ("", "--steps 1 2", "--steps: expected a whole number"),
         ("", "--steps", "--steps needs a value"),
+        ("", "--no_steps", "--no_steps needs a value"),
+        ("", "--flag --no_flag", "--flag and --no_flag exclude each other"),
+        ("", "--flg", r"--flg: unknown option; did you mean '--flag'\?"),
+        ("", "--no_flag true", "--no_flag: unknown option"),
+        ("entries: [{nme: a}]\n", "", r"x.yaml: entries: unknown key 'nme'; did you mean 'name'\?"),
+        ("entries: [{size: 1}]\n", "", "x.yaml: entries: .*missing 1 required.*'name'"),
+        ("entries: [{name: a, size: b}]\n", "", "x.yaml: entries: expected a whole number, got 'b'"),
         ("", "--steps 1 --steps 2", "--steps is given twice"),
         ("", "steps", "unexpected argument 'steps'"),
     ],
@@ -102,6 +121,8 @@ def test_missing_file_and_missing_keys():
         read_yaml("nowhere.yaml")
     with pytest.raises(UserError, match="missing: steps, rate"):
         build([Settings], read_overrides(["--name", "x"]), required=["name", "steps", "rate"])
+    with pytest.raises(UserError, match="--name: expected a value, got null"):
+        build([Settings], read_overrides(["--name", "null"]), required=["name"])
 
 
 def test_no_value_is_converted_silently():

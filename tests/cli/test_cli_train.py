@@ -131,6 +131,51 @@ def test_adapter_with_the_arguments_of_a_trl_script(configured):
     assert config["r"] == 2 and config["task_type"] == "SEQ_CLS" and "score" in config["modules_to_save"]
 
 
+def test_a_command_line_of_trl(configured, model_folder, capsys):
+    """Bare switches, no output_dir, and nothing from a file."""
+    words = f"dpo --model_name_or_path {model_folder} --dataset_name preference --learning_rate 5.0e-3 --max_steps 1"
+    words += " --num_train_epochs 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+    words += " --logging_first_step --no_remove_unused_columns --no_gradient_checkpointing --use_peft --lora_r 2"
+    words += " --eval_strategy steps --eval_steps 1 --report_to none"
+    assert main(words.split()) == 0, capsys.readouterr().err
+    folder = configured / "trainer_output"  # TRL's default
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
+    run = json.loads((folder / "run.json").read_text())
+    assert run["settings"]["use_peft"] is True
+    assert [entry["step"] for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"]][:1] == [
+        1
+    ]
+
+
+def test_mixture_and_environment_in_the_file(configured, capsys, monkeypatch):
+    monkeypatch.delenv("FASTRL_MIXED", raising=False)
+    text = (configured / "sft.yaml").read_text().replace("dataset_name: prompt-completion\n", "")
+    for name in ("prompt-completion", "prompt-only"):
+        text += "" if "datasets:" in text else "datasets:\n"
+        text += f"  - path: json\n    data_files: {name}/train.jsonl\n    columns: [prompt]\n"
+    text += "test_split_size: 0.25\ndataset_text_field: prompt\nenv:\n  FASTRL_MIXED: 1\n"
+    (configured / "mixed.yaml").write_text(text)
+    assert main(["sft", "--config", "mixed.yaml", "--num_train_epochs", "1", "--max_steps", "-1"]) == 0
+    assert os.environ["FASTRL_MIXED"] == "1"
+    state = json.loads((configured / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3  # 12 of 16 rows, 4 at a time
+    assert any("eval_loss" in entry for entry in state["log_history"])
+    more = ["--dataset_name", "gone.jsonl", "--fresh"]
+    assert main(["sft", "--config", "mixed.yaml", *more]) == 0
+    assert "dataset_name is not read" in capsys.readouterr().err
+
+
+def test_a_checkpoint_by_its_path(configured, capsys):
+    assert main(["sft", "--config", "sft.yaml", "--max_steps", "3"]) == 0
+    whole = (configured / "out" / "model.safetensors").read_bytes()
+    words = ["sft", "--config", "sft.yaml", "--max_steps", "3", "--output_dir", "again"]
+    assert main([*words, "--resume_from_checkpoint", "out/checkpoint-2"]) == 0
+    assert "resuming from out/checkpoint-2" in capsys.readouterr().err
+    assert (configured / "again" / "model.safetensors").read_bytes() == whole
+    assert main([*words, "--resume_from_checkpoint", "true"]) == 0
+    assert "this run is finished" in capsys.readouterr().err
+
+
 def test_generated_data_by_name(configured, model_folder):
     config = "{size: 8, eval_size: 4, prompt: '{a} {b}', completion: '{answer}'}"
     words = ["--dataset_name", "arithmetic:preference", "--dataset_config", config]
@@ -144,6 +189,15 @@ def test_generated_data_by_name(configured, model_folder):
         ("sft", "--dataset_name gone.jsonl", "dataset_name: there is no file gone.jsonl"),
         ("sft", "--dataset_name preference --dataset_test_split held", "dataset_test_split: preference has no split"),
         ("sft", "--dataset_name prompt-only", "no column 'text'"),
+        ("sft", "--dataset_name null", "--dataset_name: expected a value, got null"),
+        ("sft", "--num_processes 4", "--num_processes: num_processes is for accelerate"),
+        ("sft", "--dataset_streaming", "dataset_streaming: not supported"),
+        ("sft", "--test_split_size 0.1", "test_split_size: only splits a mixture"),
+        ("sft", "--datasets [{path:_json,data_files:_gone.jsonl}]", "datasets: "),
+        ("sft", "--resume_from_checkpoint gone", "resume_from_checkpoint: there is no folder gone"),
+        ("sft", "--resume_from_checkpoint gone --fresh", "--resume_from_checkpoint excludes --fresh"),
+        ("sft", "--packin", "--packin: unknown option; did you mean '--packing'?"),
+        ("sft", "--max_length", "--max_length needs a value"),
         ("reward", "--dataset_name prompt-only", "'rejected'"),
         ("reward", "--loss_type sigmoid", "loss_type"),
         ("dpo", "--dataset_name prompt-completion", "'chosen'"),
@@ -163,7 +217,7 @@ def test_generated_data_by_name(configured, model_folder):
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(configured, command, words, message, capsys):
-    arguments = [word.replace("_4", " 4") for word in words.split(" ")]
+    arguments = [word.replace("_4", " 4").replace(":_", ": ") for word in words.split(" ")]
     assert main([command, "--config", f"{command}.yaml", *arguments]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"fastrl {command}: ") and message in last, last
