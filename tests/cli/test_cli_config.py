@@ -69,10 +69,8 @@ def test_overrides_win_and_are_read_by_the_type_of_the_field(tmp_path):
     settings = from_yaml(tmp_path, "steps: 2\nname: file\n", *words)
     assert settings.steps == 9 and settings.rate == 1e-3 and settings.name == "007" and settings.kind == "b"
     assert settings.parts == ["x", "y"] and settings.weights == [1, 2.5] and settings.schedule is Color.RED
-    assert (
-        from_yaml(tmp_path, "", "--flag").flag is True
-        and from_yaml(tmp_path, "flag: true\n", "--no_flag").flag is False
-    )
+    assert from_yaml(tmp_path, "", "--flag").flag is True
+    assert from_yaml(tmp_path, "flag: true\n", "--no_flag").flag is False
     settings = from_yaml(tmp_path, "", "--parts", "x", "--name", "null", "--rate", "-1", "--extra", "{a: 1}")
     assert settings.parts == ["x"] and settings.name is None and settings.rate == -1 and settings.extra == {"a": 1}
 

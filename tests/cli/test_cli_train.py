@@ -136,15 +136,14 @@ def test_a_command_line_of_trl(configured, model_folder, capsys):
     words = f"dpo --model_name_or_path {model_folder} --dataset_name preference --learning_rate 5.0e-3 --max_steps 1"
     words += " --num_train_epochs 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
     words += " --logging_first_step --no_remove_unused_columns --no_gradient_checkpointing --use_peft --lora_r 2"
-    words += " --eval_strategy steps --eval_steps 1 --report_to none"
+    words += " --eval_strategy steps --eval_steps 1 --report_to none --report []"
     assert main(words.split()) == 0, capsys.readouterr().err
     folder = configured / "trainer_output"  # TRL's default
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
     run = json.loads((folder / "run.json").read_text())
     assert run["settings"]["use_peft"] is True
-    assert [entry["step"] for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"]][:1] == [
-        1
-    ]
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert "loss" in history[0] and "eval_loss" in history[1]
 
 
 def test_mixture_and_environment_in_the_file(configured, capsys, monkeypatch):
