@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -273,7 +274,8 @@ class ResumableTrainer(Trainer):
             CheckpointWriteError: see there.
         """
         advice = "The checkpoints are as they were; make room and save it again, or to another folder"
-        with _one_write_error(f"The model in {output_dir or self.args.output_dir}", advice):
+        what = f"The model in {output_dir or self.args.output_dir}"
+        with contextlib.nullcontext() if self._staging else _one_write_error(what, advice):
             super().save_model(output_dir, _internal_call)
 
     def _save_resume_state(self, directory: Path) -> None:
@@ -304,8 +306,10 @@ def _one_write_error(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        of_torch = isinstance(error, RuntimeError)  # its only sign of a full disk is where it was raised
-        if isinstance(error, CheckpointWriteError) or (of_torch and "inline_container" not in str(error)):
+        # torch.save has several messages for it, whose only common sign is where they come from.
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        other = isinstance(error, RuntimeError) and raised_in != Path(torch.serialization.__file__)
+        if isinstance(error, CheckpointWriteError) or other:
             raise
         raise CheckpointWriteError(f"{what} could not be written: {' '.join(str(error).split())}. {advice}") from error
 

@@ -20,10 +20,9 @@ from fastrl.trainers import model_setup
 from fastrl.trainers.activation_offloading import OffloadedActivations
 from fastrl.trainers.arguments import refuse_launch
 from fastrl.trainers.checkpointing import ResumableTrainer
-from fastrl.trainers.metrics import MetricStore, MetricSums
+from fastrl.trainers.metrics import MetricSums
 from fastrl.trainers.offline_config import OfflineConfig
 from fastrl.trainers.packing import Packer, Pass
-from fastrl.trainers.progress import use_progress
 from fastrl.trainers.prompts import context_length_of
 from fastrl.trainers.row_batch import RowBatch, collate_rows, own_rows, whole_row_passes, with_values
 from fastrl.trainers.sampler import RepeatSampler
@@ -126,12 +125,10 @@ class OfflineTrainer(ResumableTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         refuse_launch(self)
-        self.progress = use_progress(self)
         self.patches = [self.patch(policy)]
         # Under FSDP every process must run the model equally often.
         self.packer = Packer.for_model(policy, args.share_prompts, args.tokens_per_pass, one_pass=self.is_fsdp_enabled)
         self.activations = OffloadedActivations(policy) if args.activation_offloading else nullcontext()
-        self.metrics = MetricStore()
         self._sums = MetricSums(self.args.device)  # of the optimizer step or the evaluation
         self._tokens = 0  # of the optimizer step, in this process
         self._micro_batches_left = 0  # of the optimizer step
