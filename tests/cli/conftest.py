@@ -15,6 +15,7 @@ WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"0123456789", *"abcdefghijklmnopqrst"
 
 REWARDS = """
 import os
+import signal
 
 calls = 0
 
@@ -26,6 +27,14 @@ def counts_letters(completions, answer, **kwargs):
         raise KeyboardInterrupt
     return [sum(word.isalpha() for word in text.split()) / 8 + int(expected) / 100
             for text, expected in zip(completions, answer)]
+
+
+def terminated(completions, **kwargs):
+    global calls
+    calls += 1
+    if calls > int(os.environ["STOP_AFTER"]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [float(len(text)) for text in completions]
 
 
 def raises(completions, **kwargs):

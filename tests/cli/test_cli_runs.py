@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import signal
 
 import pytest
+from transformers import Trainer
 
 from fastrl.cli import main
 from fastrl.cli.errors import UserError
@@ -138,6 +142,62 @@ def test_only_what_belongs_to_the_model_is_taken_from_a_checkpoint(tmp_path):
     complete_from_checkpoint(tmp_path, checkpoint)
     taken = {path.name for path in tmp_path.iterdir() if path.is_file()}
     assert taken == {"model.safetensors", "config.json", "tokenizer.json", "trainer_state.json"}
+
+
+def test_a_terminated_run_is_resumed(project, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("STOP_AFTER", "3")
+    words = ["grpo", "--config", "run.yaml", "--reward_funcs", "judge.terminated"]
+    assert main(words) == 143
+    assert "fastrl grpo: terminated; --resume continues from the newest checkpoint" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not list((project / "out").glob(".partial*"))
+    monkeypatch.setenv("STOP_AFTER", "1000")
+    assert main([*words, "--resume"]) == 0
+    assert "resuming from out/checkpoint-2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "trainers.grpo.GRPOTrainer._save_optimizer_and_scheduler",
+        "trainers.grpo.GRPOTrainer._save",
+        "report.write_report",
+    ],
+)
+def test_a_full_disk_is_one_line_and_loses_nothing(project, monkeypatch, capsys, place):
+    save = Trainer._save
+
+    def full(*args, **kwargs):
+        if place.endswith("._save") and "checkpoint" in str(args[1]):  # only the result does not fit
+            return save(*args, **kwargs)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/file")
+
+    words = ["grpo", "--config", "run.yaml", "--max_steps", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"fastrl.{place}", full)
+        assert main([*words, "--report", "[curves]" if "report" in place else "[]"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("fastrl grpo: ") and "No space left on device" in last and "make room" in last
+    kept = [] if "optimizer" in place else ["checkpoint-2"]
+    assert [path.name for path in (project / "out").glob("*checkpoint*")] == kept
+    assert main([*words, "--resume"]) == 0
+    assert ("this run is finished" in capsys.readouterr().err) == bool(kept)
+    assert saved_step(project / "out") == 2
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(project, capsys, caplog):
+    assert main(["grpo", "--config", "run.yaml", "--max_steps", "2"]) == 0
+    words = ["grpo", "--config", "run.yaml", "--output_dir", "other", "--max_steps", "4", "--seed", "7"]
+    assert main(words) == 0
+    (project / "other" / "checkpoint-4").rename(project / "out" / "checkpoint-4")
+    capsys.readouterr()
+    assert main(["grpo", "--config", "run.yaml", "--max_steps", "5", "--resume"]) == 0
+    assert "out/checkpoint-4 is of another run (seed: 7 there, 42 here)" in caplog.text
+    assert [entry["step"] for entry in history(project / "out") if "reward" in entry] == [1, 2, 3, 4, 5]
+    assert main([*words[:5], "--max_steps", "6", "--num_generations", "8", "--resume"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("fastrl grpo: ") and "no complete checkpoint in other that this run can continue" in last
 
 
 def test_a_failing_reward_function_is_one_line_and_spares_the_checkpoints(project, capsys, caplog):
