@@ -92,8 +92,8 @@ _LAZY = {
 
 # Names of TRL's, and of its experimental and former parts, that are something else here.
 _ELSEWHERE = {
-    "AutoModelForCausalLMWithValueHead": "PPOTrainer makes the value head itself",
-    "BEMACallback": "DPOConfig and GRPOConfig have sync_ref_model",
+    "AutoModelForCausalLMWithValueHead": "PPOTrainer, which makes the value head itself",
+    "BEMACallback": "sync_ref_model=True in the configuration; it keeps no average of the policy over time",
     "CPOConfig": "DPOConfig(loss_type='cpo')",
     "CPOTrainer": "DPOTrainer with loss_type 'cpo', 'simpo' or 'alphapo'",
     "GKDConfig": "DistillationConfig, with lmbda and seq_kd",
@@ -103,13 +103,15 @@ _ELSEWHERE = {
     "LogCompletionsCallback": "log_completions=True in the configuration",
     "ORPOConfig": "DPOConfig(loss_type='orpo')",
     "ORPOTrainer": "DPOTrainer with loss_type 'orpo'",
-    "RichProgressCallback": "every trainer shows its progress so where the package rich is",
+    "RLOOConfig": "GRPOConfig with the settings that docs/migration.md gives",
+    "RLOOTrainer": "GRPOTrainer with the settings that docs/migration.md gives",
+    "RichProgressCallback": "no callback, every trainer shows its progress so where the package rich is",
     "SyncRefModelCallback": "sync_ref_model=True in the configuration",
     "TPOConfig": "DPOConfig(loss_type='tpo')",
     "TPOTrainer": "DPOTrainer with loss_type 'tpo'",
     "clone_chat_template": "chat_template_path in SFTConfig and RewardConfig",
-    "create_reference_model": "trainers make their reference themselves",
-    "get_kbit_device_map": "leave device_map out",
+    "create_reference_model": "no reference, trainers make their own",
+    "get_kbit_device_map": "no device_map",
     "pack_dataset": "SFTConfig(packing=True)",
 }
 
@@ -159,7 +161,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name], __name__), name)
     if name in _ELSEWHERE:  # an AttributeError's text would not reach who writes `from fastrl import ...`
-        raise ImportError(f"fastrl has no {name}: {_ELSEWHERE[name]}; see docs/migration.md")
+        raise ImportError(f"fastrl has no {name}: use {_ELSEWHERE[name]} (docs/migration.md)")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

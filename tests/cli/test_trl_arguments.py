@@ -167,8 +167,8 @@ def test_adapter_and_quantization() -> None:
 
 
 def test_names_that_are_something_else_here_say_what() -> None:
-    with pytest.raises(ImportError, match="no LogCompletionsCallback: log_completions=True"):
+    with pytest.raises(ImportError, match="no LogCompletionsCallback: use log_completions=True"):
         from fastrl import LogCompletionsCallback  # noqa: F401
-    with pytest.raises(ImportError, match="no CPOTrainer: DPOTrainer with loss_type 'cpo'"):
+    with pytest.raises(ImportError, match="no CPOTrainer: use DPOTrainer with loss_type 'cpo'"):
         from fastrl import CPOTrainer  # noqa: F401
     assert not hasattr(fastrl, "Nothing")
