@@ -18,6 +18,11 @@ _REFUSED: dict[str, dict[str, tuple[Any, str]]] = {  # of each mode; what is the
     "colocate": {
         "vllm_enable_sleep_mode": (False, "vLLM's memory is not given back between rollouts"),
         "vllm_tensor_parallel_size": (1, "the engine runs on one device"),
+        "vllm_model_impl": (
+            "vllm",
+            "vLLM would change transformers' model classes in this process, and with them the model that is trained; "
+            """a server may: fastrl vllm-serve --llm-kwargs '{"model_impl": "transformers"}'""",
+        ),
     },
     "server": {"vllm_group_port": (51216, "weights go to the server over HTTP, not through a process group")},
 }

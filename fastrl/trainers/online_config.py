@@ -110,8 +110,8 @@ class OnlineConfig(TrainingArguments):
     vllm_mode: str = field(
         default="colocate", metadata={"help": "'colocate': in this process; 'server': `fastrl vllm-serve` elsewhere."}
     )
-    vllm_model_impl: str = field(default="vllm", metadata={"help": "'vllm' or 'transformers'."})
-    vllm_enable_sleep_mode: bool = field(default=False, metadata={"help": "Only False."})
+    vllm_model_impl: str = field(default="vllm", metadata={"help": "Only 'vllm' in this process."})
+    vllm_enable_sleep_mode: bool = field(default=False, metadata={"help": "Only False in this process."})
     vllm_structured_outputs_regex: str | None = field(
         default=None, metadata={"help": "What every completion must match."}
     )
@@ -126,7 +126,7 @@ class OnlineConfig(TrainingArguments):
         default=0.3, metadata={"help": "Share of the GPU's memory for vLLM in this process."}
     )
     vllm_max_model_length: int | None = field(default=None, metadata={"help": "Context of vLLM in this process."})
-    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "Only 1."})
+    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "Only 1 in this process."})
     vllm_importance_sampling_correction: bool = field(
         default=True, metadata={"help": "Correct for the mismatch with an engine other than the trained model."}
     )

@@ -428,16 +428,17 @@ def test_factory_makes_what_the_arguments_say(monkeypatch: pytest.MonkeyPatch) -
         ("vllm_mode", "both"),
         ("vllm_enable_sleep_mode", True),
         ("vllm_tensor_parallel_size", 2),
+        ("vllm_model_impl", "transformers"),
         ("vllm_group_port", 1),
         ("use_transformers_continuous_batching", True),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(name: str, value: Any) -> None:
-    only = {"vllm_group_port": "server", "vllm_enable_sleep_mode": "colocate", "vllm_tensor_parallel_size": "colocate"}
+    only = {"vllm_group_port": "server", "vllm_mode": None, "use_transformers_continuous_batching": None}
     for mode in ("colocate", "server"):
         check_engine_args(config(use_vllm=True, vllm_mode=mode))
         args = config(**{"use_vllm": True, "vllm_mode": mode, name: value})
-        if only.get(name, mode) == mode:
+        if only.get(name, "colocate") in (mode, None):
             with pytest.raises(ValueError, match=f"^{name}: "):
                 check_engine_args(args)
         else:  # what is the other mode's has no meaning, as in TRL
