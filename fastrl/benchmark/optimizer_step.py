@@ -25,8 +25,9 @@ from fastrl.benchmark.step_methods import EAGER, METHODS
 from fastrl.benchmark.step_worker import ContenderFailed, Worker
 from fastrl.trainers.rollouts import Rollouts, named_tensors
 
-# Relative distance of all gradients from the eager ones, in the 2-norm.
-ALLOWED = {"float32": 1e-4, "bfloat16": 5e-2}
+# Relative distance of all gradients from the eager ones, in the 2-norm. In fp32 the eager loss itself is 6e-5 from fp64
+# on SmolLM2 (one text of 64 tokens; the fused loss 4e-6), for a divergence of two near models more.
+ALLOWED = {"float32": 5e-4, "bfloat16": 5e-2}
 ROUNDS = 5  # at most
 
 Say = Callable[[str], None]
@@ -46,10 +47,10 @@ def optimizer_step_rows(
     """One row for each contender and data of the method, with the keys of `fastrl.benchmark.workload.row_of`.
 
     Besides those: "B" sequences, "prompt_tokens" and "completion_tokens" (in all), "peak_bytes" of the whole process
-    during the step (on a GPU: of its tensors), "errors" {"gradients": relative distance from the eager loss's},
-    "to_eager" and "to_trl": the time in units of the eager loss's and of TRL's fastest contender's. A contender that is
-    not installed or whose gradients are wrong has "refused" with the reason and no time, and so has one of TRL's that
-    fails.
+    during the step (on a GPU: of its tensors), "errors" {"gradients": relative distance from the eager loss's, "TRL":
+    from those of TRL's first contender that is right}, "to_eager" and "to_trl": the time in units of the eager loss's
+    and of TRL's fastest contender's. A contender that is not installed or whose gradients are wrong has "refused" with
+    the reason and no time, and so has one of TRL's that fails.
 
     Args:
         method: one of `METHODS`.
@@ -191,15 +192,19 @@ class _Race:
     def _compare_gradients(self, row: dict[str, Any], gradients: Path, i: int) -> None:
         from fastrl.report.step_comparison import gradient_difference
 
-        eager = self.folder / f"0-{i}.safetensors"
+        eager, trl = self.folder / f"0-{i}.safetensors", self.folder / f"trl-{i}.safetensors"
         if gradients == eager:
             row["errors"] = {"gradients": 0.0}
             return
         error = gradient_difference(eager, gradients).relative
-        gradients.unlink()
         row["errors"], row["allowed"] = {"gradients": error}, {"gradients": ALLOWED[self.dtype]}
         if not error <= ALLOWED[self.dtype]:
             row["refused"] = f"wrong: gradients {error:.1e} from eager's, allowed {ALLOWED[self.dtype]:.0e}"
+        elif trl.exists():
+            row["errors"]["TRL"] = gradient_difference(trl, gradients).relative
+        elif self._is_theirs(row["contender"]):
+            gradients.rename(trl)
+        gradients.unlink(missing_ok=True)
 
     def _compare_times(self) -> None:
         for i in range(len(self.data)):

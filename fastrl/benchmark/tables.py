@@ -46,17 +46,17 @@ def steps(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["", "## Optimizer steps", ""] if rows else []
     if rows:
         lines += [
-            "Gradient: relative distance of all gradients from those of the eager loss, 2-norm. / TRL: the time over"
+            "Gradient: relative distance of all gradients from those of the eager loss, and from TRL's first right"
         ]
-        lines += ["that of TRL's fastest. Memory: peak of the process during the step."]
+        lines += ["ones, 2-norm. / TRL: the time over that of TRL's fastest. Memory: peak of the process."]
     for title in dict.fromkeys(row["workload"] for row in rows):
         some = [row for row in rows if row["workload"] == title]
         first = some[0]
         sizes = f"B {first['B']}, {first['prompt_tokens']} prompt and {first['completion_tokens']} completion tokens"
         cost = f"{first['formula']} = {first['cost'] / 1e12:.3g} TFLOP"
         lines += ["", f"### {title}", "", f"{first['shape']}, {first['dtype']}, {sizes}; {cost}", ""]
-        lines += ["| | median | fastest - slowest | rounds | / TRL | / eager | peak MB | gradient |"]
-        lines += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
+        lines += ["| | median | fastest - slowest | rounds | / TRL | / eager | peak MB | gradient | from TRL's |"]
+        lines += ["|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
         lines += map(_step, sorted(some, key=lambda row: ("median_s" not in row, row.get("median_s", 0.0))))
     return lines
 
@@ -64,12 +64,13 @@ def steps(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _step(row: dict[str, Any]) -> str:
     name = f"**{row['contender']}**" if row["ours"] else row["contender"]
     if "median_s" not in row:
-        return f"| {name} | {row.get('refused', 'not measured')} | | | | | | |"
-    to_trl, memory = row["to_trl"], row["peak_bytes"]
+        return f"| {name} | {row.get('refused', 'not measured')} | | | | | | | |"
+    to_trl, memory, errors = row["to_trl"], row["peak_bytes"], row["errors"]
+    from_trl = f"{errors['TRL']:.1e}" if "TRL" in errors else ""
     return (
         f"| {name} | {duration(row['median_s'])} | {duration(row['min_s'])} - {duration(row['max_s'])} "
         f"| {row['rounds']} | {'' if to_trl is None else f'{to_trl:.2f}'} | {row['to_eager']:.2f} "
-        f"| {'' if memory is None else f'{memory / 1e6:.0f}'} | {row['errors']['gradients']:.1e} |"
+        f"| {'' if memory is None else f'{memory / 1e6:.0f}'} | {errors['gradients']:.1e} | {from_trl} |"
     )
 
 

@@ -374,7 +374,7 @@ def test_the_optimizer_steps_rows_are_kept(small: None, monkeypatch) -> None:
     row = {"op": "step", "contender": "fastrl", "ours": True, "floor": False, "B": 4, "prompt_tokens": 70, "rounds": 2,
            "shape": "m", "dtype": "float32", "unit": "FLOP", "cost": 1e12, "formula": "6PN", "completion_tokens": 30,
            "median_s": 2.0, "min_s": 1.0, "max_s": 3.0, "peak_bytes": 5e6, "extra_bytes": None, "to_trl": 0.5,
-           "to_eager": 0.25, "errors": {"gradients": 1e-6}}  # fmt: skip
+           "to_eager": 0.25, "errors": {"gradients": 1e-6, "TRL": 2e-7}}  # fmt: skip
     rows = {method: {**row, "workload": f"{method} optimizer step"} for method in ("grpo", "kto")}
     module = types.SimpleNamespace(optimizer_step_rows=lambda device, method, seconds, say: [rows[method]])
     monkeypatch.setitem(sys.modules, "fastrl.benchmark.optimizer_step", module)
@@ -383,7 +383,7 @@ def test_the_optimizer_steps_rows_are_kept(small: None, monkeypatch) -> None:
     assert results.rows == list(rows.values())
     page = tables.markdown(results, "c")
     assert "### kto optimizer step" in page and "B 4, 70 prompt and 30 completion tokens; 6PN = 1 TFLOP" in page
-    assert "| **fastrl** | 2.00 s | 1.00 s - 3.00 s | 2 | 0.50 | 0.25 | 5 | 1.0e-06 |" in page
+    assert "| **fastrl** | 2.00 s | 1.00 s - 3.00 s | 2 | 0.50 | 0.25 | 5 | 1.0e-06 | 2.0e-07 |" in page
     rows["kto"].update(to_trl=None)
     assert "| 2 |  | 0.25 |" in tables.markdown(results, "c")  # PPO, which TRL does not have
 
