@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.cli.errors import UserError
-from fastrl.trainers.checkpointing import newest_complete
+from fastrl.trainers.checkpoint_files import newest_complete
 
 _CHECKPOINT = re.compile(r"(\.replaced-)?checkpoint-\d+")
 _MODEL_FILES = ("config.json", "adapter_config.json")

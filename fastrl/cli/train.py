@@ -30,6 +30,7 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
         config = method.config.rpartition(":")[2]
         parser = subparsers.add_parser(
             method.name,
+            aliases=method.aliases,
             help=method.help,
             description=f"{method.help[0].upper()}{method.help[1:]}.",
             epilog="Any key of the file can be given as --key value, which has precedence: the fields of "
@@ -151,7 +152,7 @@ def _train(
         )
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
-    from fastrl.trainers.checkpointing import CheckpointWriteError
+    from fastrl.trainers.checkpoint_files import CheckpointWriteError
 
     trainer.record.settings = asdict(script)
     try:

@@ -18,7 +18,14 @@ else:
 
 
 def fill_in_defaults(args: TrainingArguments) -> None:
-    """bf16 where the GPU has it, and TRL's gradient checkpointing; before TrainingArguments' own `__post_init__`."""
+    """bf16 where the GPU has it, and TRL's gradient checkpointing; before TrainingArguments' own `__post_init__`.
+
+    Raises:
+        ValueError: an optimizer step of no rows.
+    """
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(args, name)!r}")
     if args.bf16 is None:
         args.bf16 = not args.fp16 and not args.use_cpu and is_torch_bf16_gpu_available()
     # transformers 5.23 renamed gradient_checkpointing, warns about the old name, and mirrors one to the other.
@@ -59,8 +66,10 @@ def with_quantization(args: Config, model: Any, quantization_config: Any) -> Con
 
 
 def refuse_launch(trainer: Trainer) -> None:
-    """Raises ValueError where the trainer was launched in a way that the packed passes do not work with."""
+    """Raises ValueError where the trainer was launched in a way that it does not work with."""
     if trainer.args.n_gpu > 1:
         raise ValueError("several GPUs in one process (DataParallel) are not supported: use torchrun or accelerate")
     if trainer.is_deepspeed_enabled:
         raise ValueError("DeepSpeed is not supported yet")
+    if trainer.is_fsdp_enabled and getattr(trainer.args, "sync_ref_model", False):
+        raise ValueError("sync_ref_model: expected False with FSDP, whose shards the reference cannot follow, got True")

@@ -7,104 +7,33 @@ being written is never taken for one. Nothing in a checkpoint is unpickled but w
 import contextlib
 import json
 import math
-import os
-import re
 import shutil
-import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from transformers.utils import logging
 
+from fastrl.trainers.checkpoint_files import (
+    check_complete,
+    install,
+    newest_complete,
+    one_write_error,
+    refuse_differences,
+    write_manifest,
+)
 from fastrl.trainers.metrics import MetricStore
 from fastrl.trainers.progress import use_progress
 from fastrl.trainers.run_record import RunRecord, use_patient_tensorboard
 
-logger = logging.get_logger(__name__)
-
-MANIFEST = "fastrl_manifest.json"
 _STATE = "fastrl_state.json"
 _TENSORS = "fastrl_state.safetensors"
 _PARTIAL = ".partial-"  # being written
-_REPLACED = ".replaced-"  # a checkpoint of the same step, moved aside until its successor is in place
-
-
-class CheckpointError(ValueError):
-    """A directory that a run can't be continued from."""
-
-
-class IncompleteCheckpointError(CheckpointError):
-    """A directory that is not a whole checkpoint of fastrl."""
-
-
-class ForeignCheckpointError(CheckpointError):
-    """A checkpoint of another run: of another trainer, another model, other data."""
-
-
-class CheckpointWriteError(OSError):
-    """A checkpoint or a model could not be written; the checkpoints that were there before are as they were."""
-
-
-def check_complete(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of a checkpoint of which every file is there as it was written.
-
-    Raises:
-        IncompleteCheckpointError: a file is missing, was cut or has changed, or there is no manifest.
-    """
-    directory = Path(checkpoint)
-
-    def refuse(reason: str) -> IncompleteCheckpointError:
-        return IncompleteCheckpointError(f"{directory} is not a complete checkpoint: {reason}")
-
-    try:
-        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
-        files = {name: (facts["bytes"], facts["crc32"]) for name, facts in manifest["files"].items()}
-    except FileNotFoundError:
-        raise refuse(f"it has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise refuse(f"{MANIFEST} can't be read ({type(error).__name__}: {error})") from error
-    for name, (size, checksum) in files.items():
-        path = directory / name
-        if not path.is_file():
-            raise refuse(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise refuse(f"{name} has {path.stat().st_size} bytes instead of {size}")
-        if _checksum(path) != checksum:
-            raise refuse(f"{name} has changed since it was written")
-    return manifest
-
-
-def newest_complete(output_dir: str | os.PathLike[str], check: Callable[[Path], Any] = check_complete) -> str | None:
-    """The checkpoint of the highest step, or None; those that `check` refuses are passed over with a warning."""
-    root = Path(output_dir)
-    if not root.is_dir():
-        return None
-    for aside in root.glob(f"{_REPLACED}{PREFIX_CHECKPOINT_DIR}-*"):  # killed between the two renames of `_install`
-        place = root / aside.name.removeprefix(_REPLACED)
-        if not place.exists():
-            os.rename(aside, place)
-    found = []
-    for path in root.iterdir():
-        step = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
-        if step and path.is_dir():
-            found.append((int(step[1]), path))
-    for _, path in sorted(found, reverse=True):
-        try:
-            check(path)
-        except CheckpointError as error:
-            logger.warning(f"Passed over: {error}")
-            continue
-        return str(path)
-    return None
 
 
 class ResumableTrainer(Trainer):
@@ -187,10 +116,10 @@ class ResumableTrainer(Trainer):
 
     def _check(self, checkpoint: Path) -> None:
         manifest, own = check_complete(checkpoint), self._identity()
-        _refuse_differences(checkpoint, manifest["run"], own["run"], "only its own run can continue from it")
+        refuse_differences(checkpoint, manifest["run"], own["run"], "only its own run can continue from it")
         if not self.args.ignore_data_skip:
             way = "set these as they were; or ignore_data_skip=True, to go on with other data from their beginning"
-            _refuse_differences(checkpoint, manifest["data"], own["data"], way)
+            refuse_differences(checkpoint, manifest["data"], own["data"], way)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """See `transformers.Trainer.evaluate`."""
@@ -234,8 +163,8 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._repair_best_checkpoint(staging, run_dir)
-                _write_manifest(staging / name, self._written_in)
-                _install(staging / name, run_dir / name)
+                write_manifest(staging / name, self._written_in)
+                install(staging / name, run_dir / name)
                 staging.rmdir()
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
@@ -259,7 +188,7 @@ class ResumableTrainer(Trainer):
             "with resume_from_checkpoint=True, on the command line --resume"
         )
         try:
-            with _one_write_error(f"The checkpoint of step {step} in {staging.parent}", advice):
+            with one_write_error(f"The checkpoint of step {step} in {staging.parent}", advice):
                 yield
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)  # of no use, and the disk may be full
@@ -275,7 +204,7 @@ class ResumableTrainer(Trainer):
         """
         advice = "The checkpoints are as they were; make room and save it again, or to another folder"
         what = f"The model in {output_dir or self.args.output_dir}"
-        with contextlib.nullcontext() if self._staging else _one_write_error(what, advice):
+        with contextlib.nullcontext() if self._staging else one_write_error(what, advice):
             super().save_model(output_dir, _internal_call)
 
     def _save_resume_state(self, directory: Path) -> None:
@@ -298,64 +227,3 @@ class ResumableTrainer(Trainer):
             self.state.best_model_checkpoint = str(run_dir / Path(best).name)
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-
-
-@contextlib.contextmanager
-def _one_write_error(what: str, advice: str) -> Iterator[None]:
-    """Makes one error of the many that torch, safetensors and Python have for a full disk."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save has several messages for it, whose only common sign is where they come from.
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        other = isinstance(error, RuntimeError) and raised_in != Path(torch.serialization.__file__)
-        if isinstance(error, CheckpointWriteError) or other:
-            raise
-        raise CheckpointWriteError(f"{what} could not be written: {' '.join(str(error).split())}. {advice}") from error
-
-
-def _refuse_differences(checkpoint: Path, there: Mapping[str, Any], here: Mapping[str, Any], way: str) -> None:
-    different = [
-        f"{name}: {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]
-    ]
-    if different:
-        raise ForeignCheckpointError(f"{checkpoint} is of another run ({'; '.join(different)}): {way}")
-
-
-def _write_manifest(directory: Path, identity: Mapping[str, Any]) -> None:
-    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    files = {str(p.relative_to(directory)): {"bytes": p.stat().st_size, "crc32": _checksum(p)} for p in paths}
-    for name in files:
-        _sync(directory / name)
-    manifest = directory / MANIFEST
-    manifest.write_text(json.dumps({"torch": torch.__version__, **identity, "files": files}, indent=1))
-    _sync(manifest)
-    _sync(directory)
-
-
-def _install(source: Path, place: Path) -> None:
-    aside = place.with_name(_REPLACED + place.name)
-    if aside.exists():
-        shutil.rmtree(aside)
-    if place.exists():  # the run was started anew in the directory of an older one
-        os.rename(place, aside)
-    os.rename(source, place)
-    _sync(place.parent)
-    if aside.exists():
-        shutil.rmtree(aside)
-
-
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

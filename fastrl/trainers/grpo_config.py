@@ -161,6 +161,7 @@ class GRPOConfig(OnlineConfig):
                 "vllm_importance_sampling_mode: vespo multiplies ratios of tokens, expected 'token_truncate' or "
                 f"'token_mask', got {self.vllm_importance_sampling_mode!r}"
             )
+        require("beta", self.beta >= 0, "a number of at least 0")
         if self.sync_ref_model:
             require("sync_ref_model", self.beta != 0, "False without a reference (beta is 0)")
             require("ref_model_mixup_alpha", 0 <= self.ref_model_mixup_alpha <= 1, "a number in [0, 1]")

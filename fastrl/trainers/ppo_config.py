@@ -11,6 +11,9 @@ ESTIMATORS = ("k1", "k2", "k3", "abs")
 COMPUTED = ("micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size", "mini_batch_size")
 
 
+_OWN_NAMES = {"num_iterations": "num_ppo_epochs", "max_completion_length": "response_length"}
+
+
 @dataclass
 class PPOConfig(OnlineConfig):
     """Arguments of `PPOTrainer`.
@@ -112,7 +115,7 @@ class PPOConfig(OnlineConfig):
     )
 
     def __post_init__(self) -> None:
-        for general, name in {"num_iterations": "num_ppo_epochs", "max_completion_length": "response_length"}.items():
+        for general, name in _OWN_NAMES.items():
             if getattr(self, general) not in (None, getattr(self, name)):
                 raise ValueError(
                     f"{general}: it is called {name} here, expected None or {getattr(self, name)}, got "
@@ -121,6 +124,9 @@ class PPOConfig(OnlineConfig):
             setattr(self, general, getattr(self, name))
         super().__post_init__()
         self._compute_sizes()
+
+    def _require(self, name: str, valid: bool, expected: str) -> None:
+        super()._require(_OWN_NAMES.get(name, name), valid, expected)
 
     def objective(self) -> PolicyObjective:
         """The policy term and the entropy bonus; without PPO's dual clip, which the paper does not have."""

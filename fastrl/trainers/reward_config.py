@@ -76,6 +76,8 @@ class RewardConfig(OfflineConfig):
         for name in ("max_prompt_length", "max_completion_length"):
             size = getattr(self, name)
             self._require(name, size is None or size >= 1, "None or at least 1")
+        centering = self.center_rewards_coefficient
+        self._require("center_rewards_coefficient", centering is None or centering >= 0, "None or at least 0")
         given = (self.model_init_kwargs or {}).get("num_labels", 1)
         if self.loss_type != "prm" and given != 1:
             raise ValueError(f"model_init_kwargs: num_labels=1, a reward model has one score, got {given!r}")

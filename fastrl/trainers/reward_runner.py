@@ -90,6 +90,8 @@ class RewardRunner:
         if weights is not None and len(weights) != count:
             raise ValueError(f"reward_weights: expected {count} weights, one per reward function, got {len(weights)}")
         self.weights = torch.ones(count) if weights is None else torch.tensor(weights, dtype=torch.float32)
+        if max_failed_batches < 1:
+            raise ValueError(f"max_failed_reward_batches: expected at least 1, got {max_failed_batches}")
         self.max_failed_batches = max_failed_batches
         self._calls = CallRunner(timeout, workers)
         self._has_failed = [False] * count

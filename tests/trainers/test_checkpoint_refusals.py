@@ -18,12 +18,13 @@ import pytest
 import torch
 from dpo_runs import PAIRS, dpo_trainer
 from killable_runs import RUNS
+from reward_runs import OUTCOMES, RANKED, STEPWISE
 from rich.console import Console
 from sft_runs import sft_trainer
 from tiny_runs import make_tokenizer, tiny_model
 from transformers import TrainerCallback
 
-from fastrl.trainers.checkpointing import (
+from fastrl.trainers.checkpoint_files import (
     MANIFEST,
     CheckpointWriteError,
     ForeignCheckpointError,
@@ -215,6 +216,23 @@ def test_an_evaluation_of_no_rows(tmp_path: Path, name: str) -> None:
     trainer = RUNS[name](tmp_path, {})
     with pytest.raises(ValueError, match="eval_dataset: the dataset is empty; give it rows"):
         trainer.evaluate([])
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "value", "message"),
+    [
+        ("kto", "label", "False", "a label is 'False': expected True or False, or 1 or 0"),
+        ("reward_outcomes", "label", 3, "a label is 3: expected True or False"),
+        ("prm", "labels", ["True"], "a label is 'True': expected True or False"),
+        ("kto", "prompt", [], "the prompt and its completions must be all strings or all conversations"),
+        ("reward_k_wise", "completions", 3, r"TypeError: object of type 'int' has no len"),
+    ],
+)
+def test_a_row_of_the_wrong_kind_is_named(tmp_path: Path, name: str, column: str, value: Any, message: str) -> None:
+    rows = {"kto": OUTCOMES, "reward_outcomes": OUTCOMES, "prm": STEPWISE, "reward_k_wise": RANKED}[name]
+    wrong = [rows[0], {**rows[1], column: value}]
+    with pytest.raises(ValueError, match=f"train_dataset: row 1: {message}"):
+        RUNS[name](tmp_path, {"train_dataset": wrong})
 
 
 def test_a_row_that_a_template_refuses_is_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_runs import history, tiny_model
 from transformers import TrainerCallback
 
-from fastrl.trainers.checkpointing import newest_complete
+from fastrl.trainers.checkpoint_files import newest_complete
 from fastrl.trainers.distillation import DistillationTrainer
 
 SETTINGS: dict[str, Any] = {"max_steps": 9, "save_strategy": "steps", "save_steps": 5, "lmbda": 0.5, "beta": 0.5} | {

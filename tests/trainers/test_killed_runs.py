@@ -16,7 +16,7 @@ import torch
 from killable_runs import COMMON, RUNS
 from tiny_runs import history
 
-from fastrl.trainers.checkpointing import newest_complete
+from fastrl.trainers.checkpoint_files import newest_complete
 
 MOMENTS = ["on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_log", "on_prediction_step", "writing"]
 

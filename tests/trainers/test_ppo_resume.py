@@ -13,7 +13,7 @@ from ppo_runs import early_letters, make_ppo, tiny_classifier
 from safetensors.torch import load_file
 from tiny_runs import history
 
-from fastrl.trainers.checkpointing import newest_complete
+from fastrl.trainers.checkpoint_files import newest_complete
 from fastrl.trainers.ppo import PPOTrainer
 from fastrl.trainers.value_model import HEAD_FILE
 

@@ -415,6 +415,9 @@ def test_batches_are_those_of_trl(given: tuple[int, int, int], micro: int, steps
     [
         ({"num_iterations": 2}, "num_iterations: it is called num_ppo_epochs here, expected None or 4, got 2"),
         ({"max_completion_length": 9}, "max_completion_length: it is called response_length here"),
+        ({"num_ppo_epochs": 0}, "num_ppo_epochs: expected at least 1, got 0"),
+        ({"response_length": -1}, "response_length: expected at least 1 token, got -1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: expected at least 1, got 0"),
         ({"batch_size": 3}, "batch_size: expected None, as it is computed"),
         ({"num_total_batches": 3}, "num_total_batches: expected None"),
         ({"per_device_train_batch_size": 3, "num_mini_batches": 2}, "num_mini_batches: expected a divisor of"),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_runs import ScriptedEngine, count_letters, history, tiny_model
 
 from fastrl.trainers import GRPOTrainer
-from fastrl.trainers.checkpointing import MANIFEST, IncompleteCheckpointError, check_complete, newest_complete
+from fastrl.trainers.checkpoint_files import MANIFEST, IncompleteCheckpointError, check_complete, newest_complete
 from fastrl.trainers.run_record import METRICS_FILE, RUN_FILE
 
 Make = Callable[..., GRPOTrainer]
@@ -193,7 +193,7 @@ def test_dying_while_writing_leaves_the_older_checkpoint(
         "model": (trainer.model, "save_pretrained"),
         "optimizer": (trainer, "_save_optimizer_and_scheduler"),
         "state": (trainer, "resume_state"),
-        "before the rename": (sys.modules["fastrl.trainers.checkpointing"], "_install"),
+        "before the rename": (sys.modules["fastrl.trainers.checkpointing"], "install"),
     }[moment]
     monkeypatch.setattr(place, name, dies(getattr(place, name)))
     with pytest.raises(Killed):

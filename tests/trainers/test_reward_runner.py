@@ -121,6 +121,7 @@ def returning(value: Any, name: str) -> Any:
         (returning([1.0] * 3, "long"), r"'long' returned 3 rewards for 2 completions"),
         (returning([1.0, math.nan], "nan"), r"'nan' returned nan for completion 1: expected a finite number, or None"),
         (returning([-math.inf, 1.0], "inf"), r"'inf' returned -inf for completion 0"),
+        (returning([1.0, 1e39], "beyond_fp32"), r"'beyond_fp32' returned 1e\+39 for completion 1"),
         (returning(["0.5", 1.0], "text"), r"'text' returned '0.5' \(str\) for completion 0: expected a number or None"),
         (returning([[1.0], [2.0]], "nested"), r"'nested' returned \[1.0\] \(list\) for completion 0"),
         (returning(None, "nothing"), r"'nothing' returned NoneType: expected a list with one number or None"),
@@ -339,3 +340,5 @@ def test_what_cannot_be_a_reward_function() -> None:
         RewardRunner(raising, timeout=0)
     with pytest.raises(ValueError, match="reward_workers: expected at least 1, got 0"):
         RewardRunner(raising, timeout=1, workers=0)
+    with pytest.raises(ValueError, match="max_failed_reward_batches: expected at least 1, got 0"):
+        RewardRunner(raising, max_failed_batches=0)

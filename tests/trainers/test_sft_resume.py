@@ -11,7 +11,7 @@ from sft_runs import train
 from tiny_runs import history, make_tokenizer, tiny_model
 from transformers import TrainerCallback
 
-from fastrl.trainers.checkpointing import newest_complete
+from fastrl.trainers.checkpoint_files import newest_complete
 
 SITUATIONS: dict[str, dict[str, Any]] = {
     "second_epoch": {"max_steps": 7, "save_steps": 5},  # three steps to an epoch

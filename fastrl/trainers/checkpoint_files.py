@@ -1,0 +1,156 @@
+"""What a checkpoint is on the disk: a directory with a manifest that lists every file, its size and its checksum, and
+says of which run it is. It is renamed into place once it is whole."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+MANIFEST = "fastrl_manifest.json"
+_REPLACED = ".replaced-"  # a checkpoint of the same step, moved aside until its successor is in place
+
+
+class CheckpointError(ValueError):
+    """A directory that a run can't be continued from."""
+
+
+class IncompleteCheckpointError(CheckpointError):
+    """A directory that is not a whole checkpoint of fastrl."""
+
+
+class ForeignCheckpointError(CheckpointError):
+    """A checkpoint of another run: of another trainer, another model, other data."""
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint or a model could not be written; the checkpoints that were there before are as they were."""
+
+
+def check_complete(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a checkpoint of which every file is there as it was written.
+
+    Raises:
+        IncompleteCheckpointError: a file is missing, was cut or has changed, or there is no manifest.
+    """
+    directory = Path(checkpoint)
+
+    def refuse(reason: str) -> IncompleteCheckpointError:
+        return IncompleteCheckpointError(f"{directory} is not a complete checkpoint: {reason}")
+
+    try:
+        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
+        files = {name: (facts["bytes"], facts["crc32"]) for name, facts in manifest["files"].items()}
+    except FileNotFoundError:
+        raise refuse(f"it has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise refuse(f"{MANIFEST} can't be read ({type(error).__name__}: {error})") from error
+    for name, (size, checksum) in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise refuse(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise refuse(f"{name} has {path.stat().st_size} bytes instead of {size}")
+        if _checksum(path) != checksum:
+            raise refuse(f"{name} has changed since it was written")
+    return manifest
+
+
+def newest_complete(output_dir: str | os.PathLike[str], check: Callable[[Path], Any] = check_complete) -> str | None:
+    """The checkpoint of the highest step, or None; those that `check` refuses are passed over with a warning."""
+    root = Path(output_dir)
+    if not root.is_dir():
+        return None
+    for aside in root.glob(f"{_REPLACED}{PREFIX_CHECKPOINT_DIR}-*"):  # killed between the two renames of `install`
+        place = root / aside.name.removeprefix(_REPLACED)
+        if not place.exists():
+            os.rename(aside, place)
+    found = []
+    for path in root.iterdir():
+        step = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+        if step and path.is_dir():
+            found.append((int(step[1]), path))
+    for _, path in sorted(found, reverse=True):
+        try:
+            check(path)
+        except CheckpointError as error:
+            logger.warning(f"Passed over: {error}")
+            continue
+        return str(path)
+    return None
+
+
+@contextlib.contextmanager
+def one_write_error(what: str, advice: str) -> Iterator[None]:
+    """Makes one error of the many that torch, safetensors and Python have for a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save has several messages for it, whose only common sign is where they come from.
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        other = isinstance(error, RuntimeError) and raised_in != Path(torch.serialization.__file__)
+        if isinstance(error, CheckpointWriteError) or other:
+            raise
+        raise CheckpointWriteError(f"{what} could not be written: {' '.join(str(error).split())}. {advice}") from error
+
+
+def refuse_differences(checkpoint: Path, there: Mapping[str, Any], here: Mapping[str, Any], way: str) -> None:
+    """Raises `ForeignCheckpointError`, which says the way out, unless `there` has all that is `here`."""
+    different = [
+        f"{name}: {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]
+    ]
+    if different:
+        raise ForeignCheckpointError(f"{checkpoint} is of another run ({'; '.join(different)}): {way}")
+
+
+def write_manifest(directory: Path, identity: Mapping[str, Any]) -> None:
+    """The last file of a checkpoint, after all others have reached the disk; `identity` says of which run it is."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    files = {str(p.relative_to(directory)): {"bytes": p.stat().st_size, "crc32": _checksum(p)} for p in paths}
+    for name in files:
+        _sync(directory / name)
+    manifest = directory / MANIFEST
+    manifest.write_text(json.dumps({"torch": torch.__version__, **identity, "files": files}, indent=1))
+    _sync(manifest)
+    _sync(directory)
+
+
+def install(source: Path, place: Path) -> None:
+    """Renames a whole checkpoint into its place. One that is there is kept until then."""
+    aside = place.with_name(_REPLACED + place.name)
+    if aside.exists():
+        shutil.rmtree(aside)
+    if place.exists():  # the run was started anew in the directory of an older one
+        os.rename(place, aside)
+    os.rename(source, place)
+    _sync(place.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
