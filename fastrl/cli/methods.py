@@ -131,6 +131,7 @@ class Method:
         name, help: of the command.
         trainer, config: import paths, "module:class".
         script: what it is told besides the configuration.
+        aliases: other names of the command.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Method:
     trainer: str
     config: str
     script: type[CommandArguments] = CommandArguments
+    aliases: tuple[str, ...] = ()
 
     def trainer_class(self) -> Callable[..., Any]:
         """Imports it."""
@@ -210,5 +212,6 @@ METHODS = (
         "train a model on what a teacher would say",
         "fastrl.trainers.distillation:DistillationTrainer",
         "fastrl.trainers.distillation_config:DistillationConfig",
+        aliases=("distillation",),  # TRL's
     ),
 )

@@ -189,6 +189,7 @@ def test_generated_data_by_name(configured, model_folder):
         ("sft", "--dataset_name preference --dataset_test_split held", "dataset_test_split: preference has no split"),
         ("sft", "--dataset_name prompt-only", "no column 'text'"),
         ("sft", "--dataset_name null", "--dataset_name: expected a value, got null"),
+        ("distillation", "--teacher_model_name_or_path null", "teacher_model"),
         ("sft", "--num_processes 4", "--num_processes: num_processes is for accelerate"),
         ("sft", "--dataset_streaming", "dataset_streaming: not supported"),
         ("sft", "--test_split_size 0.1", "test_split_size: only splits a mixture"),
@@ -217,6 +218,6 @@ def test_generated_data_by_name(configured, model_folder):
 )
 def test_a_mistake_is_one_line_that_names_it(configured, command, words, message, capsys):
     arguments = [word.replace("_4", " 4").replace(":_", ": ") for word in words.split(" ")]
-    assert main([command, "--config", f"{command}.yaml", *arguments]) == 2
+    assert main([command, "--config", f"{command.replace('distillation', 'distill')}.yaml", *arguments]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"fastrl {command}: ") and message in last, last
