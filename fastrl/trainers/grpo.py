@@ -147,8 +147,8 @@ class GRPOTrainer(OnlineTrainer):
         self._keeps_first_logps = whole and args.num_iterations > 1 and not model_setup.has_dropout(self.model)
         self.reference_sync: ReferenceSync | None = None
         if args.sync_ref_model:
-            if self.reference is None or self.is_fsdp_enabled:
-                raise ValueError("sync_ref_model: expected False with PEFT or FSDP, got True")
+            if self.reference is None:
+                raise ValueError("sync_ref_model: expected False with PEFT, got True")
             self.reference_sync = ReferenceSync(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps)
             self.add_callback(self.reference_sync)
 

@@ -1,4 +1,5 @@
-"""Two processes on the CPU (gloo): DDP gives the gradients of one process, FSDP2 those of the whole model."""
+"""Two processes on the CPU (gloo): DDP gives the gradients of one process, FSDP2 those of the whole model
+and the steps of a whole run."""
 
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import sft_runs
 import torch
 import two_processes
-from tiny_runs import history
+from tiny_runs import history, tiny_model
 
 SCRIPT = Path(two_processes.__file__)
 
@@ -117,3 +118,22 @@ def test_fsdp2_scores_with_a_sharded_head(found: dict[str, Any]) -> None:
     assert len(found["shard"]) > 40
     for what, difference in found["shard"].items():
         assert difference < 1e-5, (what, difference)
+
+
+@pytest.mark.parametrize("kind", two_processes.SHARDED)
+def test_whole_runs_under_fsdp2(tmp_path: Path, found: dict[str, Any], kind: str) -> None:
+    """Sharded parameters, and the steps of one process."""
+    one, two = two_processes.sharded(kind, tmp_path, 1), found[f"fsdp {kind}"]
+    assert two["sharded"] and not one["sharded"]
+    assert len(one["losses"]) == 3 and two["losses"] == pytest.approx(one["losses"], rel=1e-4, abs=1e-6)
+    start = dict(tiny_model().named_parameters())
+    moved = 0.0
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-6, msg=name)
+        before = start[name].detach() if name in start else 0.0  # an adapter's B
+        moved = max(moved, float((weight - before).abs().max()))
+    assert moved > 1e-3
+
+
+def test_a_moving_reference_is_refused_under_fsdp(found: dict[str, Any]) -> None:
+    assert found["fsdp refusal"].startswith("sync_ref_model: expected False with FSDP")

@@ -12,11 +12,15 @@ import reward_runs
 import sft_runs
 import torch
 import torch.distributed as dist
+from accelerate.state import DistributedType, PartialState
 from datasets import Dataset
+from peft import LoraConfig
 from tiny_runs import GradientRecorder, ScriptedEngine, count_letters, history, make_tokenizer, tiny_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
 
 from fastrl.integrations import LMHead, patch_model
 from fastrl.trainers import GRPOConfig, GRPOTrainer
@@ -31,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.05, "entropy_target": 5.0},
 }
 
+SHARDED = ("sft", "dpo", "lora", "grpo")
 PREFERENCES: dict[str, dict[str, Any]] = {"pairs": {"loss_type": ["sigmoid", "sft"]}, "kto": {"loss_type": "kto"}}
 
 
@@ -124,6 +129,62 @@ def shard() -> dict[str, float]:
     return results
 
 
+FSDP: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
+
+
+def pretend_gpus() -> None:
+    """accelerate shards on accelerators only: tell it that these processes have some, which compute on the CPU."""
+    make = PartialState.__init__
+
+    def making(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = making
+
+
+def whole_weights(trainer: Trainer) -> dict[str, Tensor]:
+    """The parameters, gathered where they are sharded."""
+    weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
+
+
+def sharded(kind: str, folder: Path, processes: int, **settings: Any) -> dict[str, Any]:
+    """A whole run: weights and losses, and whether the parameters are shards."""
+    rows_of_step = 4 if kind == "sft" else 8  # a divisor of the rows: none is repeated at the end of an epoch
+    batch = {"per_device_train_batch_size": rows_of_step // processes, "max_steps": 3, "save_strategy": "no"}
+    if kind == "sft":
+        trainer: Any = sft_runs.train(folder, save_steps=3, **{**batch, "optim": "sgd", **settings})
+    elif kind == "grpo":
+        args = GRPOConfig(
+            str(folder), num_generations=4, max_completion_length=8, beta=0.1, num_iterations=2, optim="sgd",
+            learning_rate=0.1, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, **batch, **settings,
+        )  # fmt: skip
+        rows = Dataset.from_dict({"prompt": PROMPTS})
+        more: dict[str, Any] = {"processing_class": make_tokenizer(), "rollout_engine": ScriptedEngine()}
+        trainer = GRPOTrainer(tiny_model(), count_letters, args, rows, **more)
+        trainer.train()
+    else:
+        peft = LoraConfig(target_modules=["q_proj", "down_proj"], r=2) if kind == "lora" else None
+        trainer = dpo_runs.dpo_trainer(folder, trainer={"peft_config": peft}, **batch, **settings)
+        trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    parts = all(isinstance(p, DTensor) for p in trainer.model.parameters())
+    return {"weights": whole_weights(trainer), "losses": losses, "sharded": parts}
+
+
+def refusal(folder: Path, **settings: Any) -> str:
+    """What the trainer says instead of training."""
+    try:
+        dpo_runs.dpo_trainer(folder, **settings)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run = Path(sys.argv[1])
@@ -144,6 +205,10 @@ if __name__ == "__main__":
     found["ppo"] = {"grads": [without_prefix(step) for step in grads], "logs": logs}
     grads, logs = distillation_runs.mixed_steps(run / "distillation", batch=4)
     found["distillation"] = {"grads": [without_prefix(step) for step in grads], "logs": logs}
+    pretend_gpus()
+    for kind in SHARDED:
+        found[f"fsdp {kind}"] = sharded(kind, run / f"fsdp_{kind}", 2, **FSDP)
+    found["fsdp refusal"] = refusal(run / "refused", sync_ref_model=True, **FSDP)  # type: ignore[assignment]
     if dist.get_rank() == 0:
         torch.save(found, run / "found.pt")
     dist.destroy_process_group()
