@@ -107,6 +107,8 @@ def read_arguments(method: Method, config: str | None, overrides: list[str]) -> 
         os.environ.update({str(name): str(value) for name, value in variables.value.items()})
     data = "datasets" if "datasets" in settings else "dataset_name"
     script, args = build(classes, settings, required=("model_name_or_path", data))
+    if not (script.datasets or script.dataset_name):
+        raise UserError(f"{settings[data].place}: {data}: expected something to train on, got nothing")
     return script, args
 
 

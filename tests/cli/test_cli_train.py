@@ -193,6 +193,7 @@ def test_generated_data_by_name(configured, model_folder):
         ("sft", "--num_processes 4", "--num_processes: num_processes is for accelerate"),
         ("sft", "--dataset_streaming", "dataset_streaming: not supported"),
         ("sft", "--test_split_size 0.1", "test_split_size: only splits a mixture"),
+        ("sft", "--datasets [] --dataset_name null", "--datasets: datasets: expected something to train on"),
         ("sft", "--datasets [{path:_json,data_files:_gone.jsonl}]", "datasets: "),
         ("sft", "--resume_from_checkpoint gone", "resume_from_checkpoint: there is no folder gone"),
         ("sft", "--resume_from_checkpoint gone --fresh", "--resume_from_checkpoint excludes --fresh"),
