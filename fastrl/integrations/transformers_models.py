@@ -84,7 +84,8 @@ def patch_model(model: nn.Module, *, logit_scale: float | None = None, softcap: 
 
     Works on the innermost causal LM of PEFT, DDP, FSDP and torch.compile wrappers. The head may be a plain `nn.Linear`,
     one under PEFT's LoRA (dropout and several adapters included: its low-rank part becomes extra columns of the
-    weight) or in PEFT's `modules_to_save`. Under autocast, hidden states and head are cast as `F.linear` would.
+    weight), in PEFT's `modules_to_save`, or tied to embeddings with `trainable_token_indices`. Under autocast, hidden
+    states and head are cast as `F.linear` would.
 
     Args:
         model: a transformers causal LM or classifier, wrapped or not.
@@ -250,7 +251,8 @@ def _linear(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor |
         return hidden, module.weight, module.bias
     if "peft" in sys.modules:  # a PEFT layer can only exist once peft is imported
         from peft.tuners.lora import Linear as LoraLinear
-        from peft.utils.other import ModulesToSaveWrapper
+        from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+        from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
         if isinstance(module, ModulesToSaveWrapper):
             trained = not module.disable_adapters and bool(module.active_adapters)
@@ -258,10 +260,22 @@ def _linear(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor |
             return _linear(inner, hidden)
         if isinstance(module, LoraLinear):
             return _lora_linear(module, hidden)
+        if isinstance(module, TrainableTokensWrapper | TrainableTokensLayer):
+            return _trained_rows(getattr(module, "token_adapter", module), hidden)
     raise UnsupportedHeadError(
         f"an lm_head of type {type(module).__module__}.{type(module).__qualname__} is not supported: expected "
-        "torch.nn.Linear, or one under PEFT's LoRA or modules_to_save"
+        "torch.nn.Linear, or one under PEFT's LoRA, modules_to_save or trainable_token_indices"
     )
+
+
+def _trained_rows(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    # A head that is tied to embeddings of which PEFT trains some tokens: these rows of the weight are others.
+    if module.disable_adapters and module.merged:
+        module.unmerge()
+    hidden, weight, bias = _linear(module.base_layer, hidden)
+    if module.disable_adapters or module.merged:
+        return hidden, weight, bias
+    return hidden, module.get_merged_weights(module.active_adapters), bias
 
 
 def _lora_linear(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

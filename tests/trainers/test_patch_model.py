@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, TrainableTokensConfig, get_peft_model
 from torch import nn
 
 from fastrl.integrations import LMHead, patch_model
@@ -147,10 +147,12 @@ def test_generate_is_unchanged() -> None:
         LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], r=3),
         LoraConfig(target_modules=["q_proj"], r=3),
         LoraConfig(target_modules=["lm_head"], r=3, lora_bias=True, bias="none"),
+        LoraConfig(target_modules=["q_proj"], r=3, trainable_token_indices=[4, 9, 60]),
+        TrainableTokensConfig(token_indices=[4, 9, 60]),
     ],
-    ids=["lora_head", "modules_to_save", "lora_backbone", "lora_head_bias"],
+    ids=["lora_head", "modules_to_save", "lora_backbone", "lora_head_bias", "tied_tokens_and_lora", "tied_tokens"],
 )
-def test_peft_heads(config: LoraConfig) -> None:
+def test_peft_heads(config: PeftConfig) -> None:
     torch.manual_seed(0)
     model = get_peft_model(tiny("llama_tied" if "lm_head" not in str(config) else "qwen2"), config).double()
     with torch.no_grad():
