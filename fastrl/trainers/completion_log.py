@@ -66,7 +66,7 @@ class CompletionLog:
         self.console = console or Console()
         self._rows: dict[str, deque[dict[str, Any]]] = defaultdict(lambda: deque(maxlen=size))
         self._fresh: set[str] = set()  # modes with rows that have not been logged
-        self._cleaned = False
+        self._cleaned = self._failed = False
 
     def add(
         self,
@@ -110,10 +110,12 @@ class CompletionLog:
             self._remove_later(step, mode)
             _write(path, rows)
         except OSError as error:
-            logger.warning_once(
-                f"Completions could not be written, at step {step} for the first time: {error}. Training goes on; "
-                "make room in output_dir for those of later steps."
-            )
+            if not self._failed:
+                logger.warning(
+                    f"Completions could not be written, at step {step} for the first time: {error}. Training goes on; "
+                    "make room in output_dir for those of later steps."
+                )
+            self._failed = True
             return None
         self._report(rows, "completions" if mode == "train" else f"{mode}_completions")
         return path

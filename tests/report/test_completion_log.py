@@ -131,3 +131,24 @@ def test_other_processes_write_and_print_nothing(tmp_path: Path) -> None:
     log, screen = make(tmp_path, main_process=False)
     add(log)
     assert log.flush(1) is None and not (tmp_path / "completions").exists() and screen.getvalue() == ""
+
+
+def test_a_full_disk_costs_the_file_and_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log, _ = make(tmp_path)
+
+    def full(table: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyarrow.parquet.write_table", full)
+        for step in (1, 2):
+            add(log)
+            assert log.flush(step) is None
+    assert caplog.text.count("could not be written, at step 1 for the first time: [Errno 28] No space") == 1
+    assert "at step 2" not in caplog.text
+    assert not list((tmp_path / "completions").iterdir())
+    add(log)
+    assert log.flush(3) is not None
