@@ -256,7 +256,7 @@ class Encoder:
                 raise FormatError(f"step {place} has no tokens")
             counts = place == len(steps) or not last_step_only
             ids += tokens
-            marks += [-100] * (len(tokens) - 1) + [int(_truth(label)) if counts else -100]
+            marks += [-100] * (len(tokens) - 1) + [_class(label) if counts else -100]
         return Completions(prompt_ids, [ids]), marks
 
     # What they are made of -------------------------------------------------------------------------------------------
@@ -344,3 +344,9 @@ def _truth(label: Any) -> bool:
     if isinstance(label, str) or label not in (0, 1):  # bool("False") is True
         raise FormatError(f"a label is {label!r}: expected True or False, or 1 or 0")
     return bool(label)
+
+
+def _class(label: Any) -> int:
+    if not isinstance(label, int | float) or label != int(label):
+        raise FormatError(f"a label is {label!r}: expected True or False, or the number of a class")
+    return int(label)

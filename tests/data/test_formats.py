@@ -217,6 +217,8 @@ def test_stepwise() -> None:
     assert [tokenizer.decode(ids[: end + 1]) for end in ends] == ["the sky\n", "the sky\nblue\n"]
     assert [marks[end] for end in ends] == [1, 0] and len(marks) == len(ids)
     assert [m for m in encoder.stepwise(row, last_step_only=True)[1] if m != -100] == [0]
+    classes = encoder.stepwise({**row, "labels": [2, 0.0]})[1]  # of a model with three
+    assert [mark for mark in classes if mark != -100] == [2, 0]
     with pytest.raises(FormatError, match=r"1 labels for 2 steps"):
         encoder.stepwise({**row, "labels": [True]})
     with pytest.raises(FormatError, match="no 'labels'; it has 'prompt', 'completions'"):
