@@ -20,7 +20,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from fastrl.rollout import Completions, SamplingParams
 from fastrl.trainers.distillation import DistillationTrainer
-from fastrl.trainers.distillation_config import DistillationConfig
+from fastrl.trainers.distillation_config import NO_CORRECTION, NO_REWARDS, DistillationConfig
 from fastrl.trainers.online_config import REFUSED
 
 
@@ -352,7 +352,7 @@ def test_it_learns(tmp_path: Path, lmbda: float) -> None:
 # Configuration -------------------------------------------------------------------------------------------------------
 
 
-UNUSED = [field.name for field in dataclasses.fields(DistillationConfig) if "unused" in field.metadata]
+UNUSED = [f.name for f in dataclasses.fields(DistillationConfig) if f.metadata in (NO_CORRECTION, NO_REWARDS)]
 
 
 def config(tmp_path: Path, **settings: Any) -> DistillationConfig:
@@ -381,7 +381,7 @@ def test_arguments_and_defaults_of_trl(tmp_path: Path) -> None:
         ({"lmbda": 0.0, "use_vllm": True}, "use_vllm: expected False with lmbda 0"),
         ({"lmbda": 0.5, "remove_unused_columns": True}, "remove_unused_columns: expected False"),
         ({"max_completion_length": None}, "max_completion_length: expected a number of tokens, got None"),
-        *(({name: 7}, f"{name}: expected .*, as (there are no rewards|no log-prob)") for name in UNUSED),
+        *(({name: 7}, f"{name}: expected .*, as (there are no rewards|nothing is corrected)") for name in UNUSED),
         *(
             ({name: 7}, f"{name}: not supported")
             for name in ("max_tool_calling_iterations", "ds3_gather_for_generation")
