@@ -64,16 +64,22 @@ examples: demo
 		--output_dir runs/eval_rejection_tiny
 	@echo "== DPO on SmolLM2-135M-Instruct"
 	$(BIN)/fastrl dpo --config examples/dpo_smollm2.yaml --resume
+	$(BIN)/fastrl dpo --config examples/dpo_smollm2.yaml --learning_rate 1e-5 --max_steps 10 \
+		--output_dir runs/dpo_displaced_smollm2 --resume
+	$(BIN)/fastrl plot runs/dpo_smollm2 runs/dpo_displaced_smollm2 --out runs/dpo_smollm2/displacement.png
 	$(BIN)/python examples/dpo_likelihood.py
 	@echo "== Dr. GRPO on SmolLM2-135M-Instruct"
 	$(BIN)/fastrl grpo --config examples/dr_grpo_smollm2.yaml --resume
 
+# Two processes of tests share the cores: threads that wait for work must not spin.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
 test: $(VENV)/build.done
 	@echo "== tests"
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-full: $(VENV)/build.done
-	$(BIN)/python -m pytest -m "full or not full"
+	$(PYTEST) -m "full or not full"
 
 # numpy: triton 3.6's interpreter does not take the scalars of numpy 2.4.
 $(VENV)-triton36/done:
