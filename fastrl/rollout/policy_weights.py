@@ -39,15 +39,21 @@ def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def lm_head_is_tied(model: nn.Module) -> bool:
-    """Whether the lm_head is the embedding itself: not so where an adapter sits on either of them."""
-    causal_lm = innermost_causal_lm(model)
-    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()  # type: ignore[operator]
+    """Whether the lm_head is the embedding itself: not so where an adapter sits on either of them, but for PEFT's
+    trained tokens, which it ties with the rest."""
+    causal_lm: Any = innermost_causal_lm(model)
+    embedding, head = _adapter_of(causal_lm.get_input_embeddings()), _adapter_of(causal_lm.get_output_embeddings())
+    if getattr(head, "tied_adapter", None) is not None:
+        return True
     if any(_is_adapter(module) or _is_trained_copy(module) for module in (embedding, head)):
         return False
     return head is not None and head.weight is embedding.weight
 
 
 def _weights(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    module = _adapter_of(module)
+    if getattr(module, "tied_adapter", None) is not None:  # the embedding's trained tokens: it has come already
+        return
     if _is_adapter(module):
         yield from ((prefix + name, tensor.detach()) for name, tensor in _merged(module, prefix).named_parameters())
         return
@@ -81,6 +87,15 @@ def _whole(parameter: Tensor, name: str) -> Tensor:
     if hasattr(parameter, "full_tensor"):
         return parameter.full_tensor()
     return parameter.detach()
+
+
+def _adapter_of(module: Any) -> Any:
+    """The adapter in PEFT's wrapper for trained tokens; any other module as it is."""
+    if "peft" not in sys.modules:
+        return module
+    from peft.utils.other import TrainableTokensWrapper
+
+    return module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
 
 
 def _is_adapter(module: nn.Module) -> bool:

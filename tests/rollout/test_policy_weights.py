@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_runs import tiny_model
 from torch import nn
@@ -89,6 +89,32 @@ def test_adapters_are_merged_into_copies(config: dict[str, Any], tied: bool, tmp
     assert torch.equal(
         plain["model.layers.0.self_attn.v_proj.weight"], tiny_model().model.layers[0].self_attn.v_proj.weight
     )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 9]),
+        TrainableTokensConfig(token_indices=[5, 9]),
+    ],
+    ids=["lora", "alone"],
+)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_trained_tokens_are_in_the_embedding(config: PeftConfig, tied: bool) -> None:
+    base = tiny_model(tie_word_embeddings=tied)
+    names, before = [name for name, _ in policy_weights(base)], base.get_input_embeddings().weight.clone()
+    model = spread(get_peft_model(base, config)).eval()
+    weights = dict(policy_weights(model))
+    assert list(weights) == names and lm_head_is_tied(model) == tied
+    changed = (weights["model.embed_tokens.weight"] != before).any(-1)
+    assert changed.nonzero().flatten().tolist() == [5, 9]
+
+    merged = tiny_model(tie_word_embeddings=tied).eval()
+    merged.load_state_dict(weights, strict=not tied)
+    torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        plain = dict(policy_weights(model))
+    assert list(plain) == names and torch.equal(plain["model.embed_tokens.weight"], before)
 
 
 def test_no_merged_weight_is_taken_for_one_that_was_there_before() -> None:
