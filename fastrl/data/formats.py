@@ -18,8 +18,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -240,7 +242,7 @@ class Encoder:
         """One completion, the steps with a separator after each, and per token its step's label at the step's end, -100
         elsewhere. As TRL's `PRMTrainer` had it: each step is tokenized apart, the prompt gets a BOS token."""
         prompt, steps, labels = columns_of(row, "prompt", "completions", "labels")
-        if len(steps) != len(labels) or not steps:
+        if len(steps) != len(labels) or not len(steps):
             raise FormatError(f"{len(labels)} labels for {len(steps)} steps ('completions')")
         separator = self._plain(step_separator)
         if is_conversation(prompt):
@@ -347,6 +349,7 @@ def _truth(label: Any) -> bool:
 
 
 def _class(label: Any) -> int:
-    if not isinstance(label, int | float) or label != int(label):
+    # NumPy's integers and floats are Real, its bool is not.
+    if not isinstance(label, Real | np.bool_) or not float(label).is_integer():
         raise FormatError(f"a label is {label!r}: expected True or False, or the number of a class")
-    return int(label)
+    return int(float(label))

@@ -1,8 +1,10 @@
 """Dataset formats to token ids: what TRL 1.16's own trainers make of the same rows, and what only fastrl has."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -206,6 +208,16 @@ def test_ranked() -> None:
             encoder.ranked({**row, **wrong})
 
 
+@pytest.mark.parametrize("label", [True, 1, 1.0, np.bool_(True), np.int64(1), np.float32(1)], ids=repr)
+def test_labels_of_answers(label: Any) -> None:
+    row, encoder = {"prompt": "the sky is", "completion": " blue"}, Encoder(bpe(False))
+    assert encoder.unpaired({**row, "label": label})[1] is True
+    assert encoder.unpaired({**row, "label": label * 0})[1] is False
+    for wrong in (str(label), "", label + 2, label / 2, math.nan, [label], []):
+        with pytest.raises(FormatError, match=r"a label is .*: expected True or False, or 1 or 0"):
+            encoder.unpaired({**row, "label": wrong})
+
+
 def test_stepwise() -> None:
     """As TRL's PRMTrainer documented it: the label of a step lies on the separator after it."""
     encoder = Encoder(bpe(False))
@@ -219,6 +231,11 @@ def test_stepwise() -> None:
     assert [m for m in encoder.stepwise(row, last_step_only=True)[1] if m != -100] == [0]
     classes = encoder.stepwise({**row, "labels": [2, 0.0]})[1]  # of a model with three
     assert [mark for mark in classes if mark != -100] == [2, 0]
+    for labels in ([np.int64(2), np.bool_(False)], np.array([2.0, 0.0], dtype=np.float32)):  # as rows of pandas have
+        assert encoder.stepwise({**row, "labels": labels})[1] == classes
+    for label in ("True", "", 0.5, math.nan, math.inf, [1], None, np.float64(0.5)):
+        with pytest.raises(FormatError, match=r"a label is .*: expected True or False, or the number of a class"):
+            encoder.stepwise({**row, "labels": [True, label]})
     with pytest.raises(FormatError, match=r"1 labels for 2 steps"):
         encoder.stepwise({**row, "labels": [True]})
     with pytest.raises(FormatError, match="no 'labels'; it has 'prompt', 'completions'"):
