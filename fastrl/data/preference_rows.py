@@ -10,6 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from fastrl.data.formats import Encoder, FormatError, Row, Text, as_chatml, pair_of, sequence_of, truncated
+from fastrl.data.row_functions import unpaired
 from fastrl.data.token_rows import TokenRow, TokenRows, check_rows, token_row
 
 
@@ -76,11 +77,7 @@ def _unpaired(columns: Mapping[str, list[Any]], places: Sequence[int], name: str
         except FormatError as error:
             raise ValueError(f"{name}: row {place}: {error}") from error
     prompts, chosen, rejected = (list(values) for values in zip(*pairs, strict=True))
-    others = {
-        column: values * 2 for column, values in columns.items() if column not in ("prompt", "chosen", "rejected")
-    }
-    labels = [True] * len(chosen) + [False] * len(rejected)
-    return {**others, "prompt": prompts * 2, "completion": chosen + rejected, "label": labels}
+    return unpaired({**columns, "prompt": prompts, "chosen": chosen, "rejected": rejected})
 
 
 def with_mismatched(rows: TokenRows, group: int, max_length: int | None, truncation_mode: str) -> TokenRows:

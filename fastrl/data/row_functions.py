@@ -96,7 +96,7 @@ def unpair_preference_dataset(dataset: Any, **map_kwargs: Any) -> Any:
         dataset: a `datasets.Dataset` or `DatasetDict`.
         map_kwargs: of `Dataset.map`, such as num_proc and desc.
     """
-    return dataset.map(_unpaired, batched=True, remove_columns=_columns(dataset), **map_kwargs)
+    return dataset.map(unpaired, batched=True, remove_columns=_columns(dataset), **map_kwargs)
 
 
 def maybe_unpair_preference_dataset(dataset: Any, num_proc: int | None = None, desc: str | None = None) -> Any:
@@ -110,7 +110,8 @@ def _columns(dataset: Any) -> list[str]:
     return list((next(iter(dataset.values())) if isinstance(dataset, dict) else dataset).column_names)
 
 
-def _unpaired(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+def unpaired(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns of a batch of pairs as those of twice as many answers, the chosen ones first."""
     count = len(batch["chosen"])
     twice = {name: column * 2 for name, column in batch.items() if name not in ("chosen", "rejected")}
     return {**twice, "completion": batch["chosen"] + batch["rejected"], "label": [True] * count + [False] * count}
