@@ -139,8 +139,8 @@ def tokenize_prompts(
     generation prompt.
 
     Raises:
-        ValueError: prompts of both kinds in one batch, no chat template, a prompt of no tokens, or one that leaves no
-            room in the model's context; the message names the row.
+        ValueError: prompts of both kinds in one batch, no chat template or one that refuses a prompt, a prompt of no
+            tokens, or one that leaves no room in the model's context; the message names the row.
     """
     kinds = [is_conversation(example, name) for example in examples]
     if any(kinds) and not all(kinds):
@@ -155,14 +155,7 @@ def tokenize_prompts(
                 f"{name}: the prompts are conversations, but the tokenizer has no chat template: set "
                 "tokenizer.chat_template, or give the prompts as strings"
             )
-        ids: Any = tokenizer.apply_chat_template(
-            [list(prompt) for prompt in prompts],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **chat_template_kwargs,
-        )
-        ids = ids["input_ids"]
+        ids = _apply_template(examples, tokenizer, name, chat_template_kwargs)
     else:
         ids = tokenizer(text=prompts)["input_ids"]
     for example, prompt in zip(examples, ids, strict=True):
@@ -174,6 +167,23 @@ def tokenize_prompts(
                 f"completion in the model's context of {context_length}: shorten it, or leave the row out"
             )
     return [list(prompt) for prompt in ids], kinds[0]
+
+
+def _apply_template(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, name: str, settings: Mapping[str, Any]
+) -> Any:
+    prompts = [list(example.row["prompt"]) for example in examples]
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **settings}
+    try:
+        encoded: Any = tokenizer.apply_chat_template(prompts, **settings)
+        return encoded["input_ids"]
+    except Exception as error:  # a template raises what it likes
+        if len(examples) == 1:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{name}: the prompt of row {examples[0].position}: {reason}") from error
+        for example in examples:
+            _apply_template([example], tokenizer, name, settings)
+        raise
 
 
 def completion_room(prompt_ids: Sequence[Sequence[int]], max_tokens: int, context_length: int | None) -> int:

@@ -383,6 +383,15 @@ def test_strings_and_conversations_do_not_mix(make_trainer: Make, tokenizer: Pre
         make_trainer(train_dataset=rows, processing_class=tokenizer).train()
 
 
+def test_a_prompt_that_the_template_refuses_is_named(make_trainer: Make, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = (
+        "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}" + TEMPLATE
+    )
+    turn = {"role": "user", "content": "a"}
+    with pytest.raises(ValueError, match="train_dataset: the prompt of row 1: TemplateError: one turn only"):
+        make_trainer(train_dataset=[{"prompt": [turn]}, {"prompt": [turn] * 2}], processing_class=tokenizer).train()
+
+
 def test_a_long_prompt_is_found_before_anything_is_sampled(make_trainer: Make) -> None:
     engine = ScriptedEngine()
     rows = [{"prompt": "a"}, {"prompt": "b " * 64}]
