@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from fastrl.rollout.client_engine import VLLMClientEngine
 from fastrl.rollout.engine import RolloutEngine
 from fastrl.rollout.transformers_engine import TransformersEngine
 from fastrl.rollout.vllm_engine import VLLMEngine
+
+logger = logging.get_logger(__name__)
 
 _REFUSED: dict[str, dict[str, tuple[Any, str]]] = {  # of each mode; what is the other's has no meaning, as in TRL
     "colocate": {
@@ -27,10 +30,19 @@ _REFUSED: dict[str, dict[str, tuple[Any, str]]] = {  # of each mode; what is the
     "server": {"vllm_group_port": (51216, "weights go to the server over HTTP, not through a process group")},
 }
 
+_ENGINES = {  # how vLLM runs, where it runs in this process; and the defaults
+    "vllm_model_impl": "vllm",
+    "vllm_tensor_parallel_size": 1,
+    "vllm_enable_sleep_mode": False,
+    "vllm_gpu_memory_utilization": 0.3,
+    "vllm_max_model_length": None,
+}
+
 
 def check_engine_args(args: Any) -> None:
     """Refuses what `make_engine` could not honour; imports nothing of vLLM's. Without `use_vllm` the `vllm_*` arguments
-    have no meaning and are not looked at, as in TRL.
+    have no meaning and are not looked at, as in TRL. With a server, those have none that say how vLLM runs: a warning
+    names them.
 
     Raises:
         ValueError: names the argument.
@@ -44,6 +56,13 @@ def check_engine_args(args: Any) -> None:
     for name, (default, reason) in _REFUSED[args.vllm_mode].items():
         if getattr(args, name) != default:
             raise ValueError(f"{name}: only {default!r} is supported, got {getattr(args, name)!r}: {reason}")
+    if args.vllm_mode == "server":
+        given = [name for name, default in _ENGINES.items() if getattr(args, name) != default]
+        if given:
+            logger.warning_once(
+                f"{', '.join(given)}: without effect here, as vllm_mode='server': how vLLM runs is said where the "
+                "server is started (fastrl vllm-serve)"
+            )
 
 
 def engine_kwargs(args: Any) -> dict[str, Any]:

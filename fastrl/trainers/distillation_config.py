@@ -1,6 +1,7 @@
 """`DistillationConfig`: TRL 1.16's arguments of distillation, and what its GKD has besides.
 
 What this version does not do is refused when it is set to something else than its default: never accepted and ignored.
+Arguments of vLLM that have no meaning where they are given are the exception; see `grpo_config`.
 """
 
 from dataclasses import dataclass, field, fields

@@ -1,7 +1,8 @@
 """`GRPOConfig`: TRL 1.16's arguments of GRPO.
 
 Every argument of TRL's exists here, under its name and with its default. What this version does not do yet is refused
-when it is set to something else than its default: never accepted and ignored.
+when it is set to something else than its default: never accepted and ignored. Arguments of vLLM have no meaning without
+`use_vllm`, as in TRL, nor have those of the other `vllm_mode`; with a server, a warning names those that are its own.
 """
 
 from dataclasses import dataclass, field, fields

@@ -39,7 +39,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_killed_run_ends_where_the_uninterrupted_one_does(killed: dict[str, Any], tmp_path: Path, name: str) -> None:
     straight = RUNS[name](tmp_path, {})
     straight.train()
-    assert killed["process"].wait(180) == 0
+    assert killed["process"].wait(600) == 0
     step, moment = killed["deaths"][name]
     resumed = RUNS[name](killed["folder"] / name, {})
     written = int(str(newest_complete(resumed.args.output_dir)).rpartition("-")[2])
