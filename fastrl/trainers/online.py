@@ -73,6 +73,7 @@ class OnlineTrainer(SamplingTrainer):
         self._generate_every = args.steps_per_generation * args.num_iterations  # micro-batches until the next rollout
         self._ahead: RolloutsAhead | None = None  # while training asynchronously
         self._evaluates_anew = False  # whether the engine needs the weights of now, for an evaluation
+        self._evaluates_several = False  # datasets in one evaluation
         self._micro_step = 0  # micro-batches taken so far
         self._buffer: list[Any] = []  # the current rollout, in steps_per_generation parts
         self._window: deque[MicroBatch[Any]] = deque()  # what is left of the current optimizer step
@@ -193,10 +194,16 @@ class OnlineTrainer(SamplingTrainer):
             self._ahead = RolloutsAhead(self.collector, self.model, *settings, *numbers)
         return self._ahead
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See `transformers.Trainer.train`."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """See `ResumableTrainer.train`."""
+        if resume_from_checkpoint and self.args.async_rollouts and self.args.ignore_data_skip:
+            raise ValueError(
+                "ignore_data_skip: a run can't go on with other data or from their beginning while async_rollouts "
+                "samples them ahead, by their place in the run: resume with async_rollouts=False, or without "
+                "ignore_data_skip and with the data, seeds and batches of the checkpoint"
+            )
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self._ahead is not None:
                 self._ahead.close()
@@ -235,9 +242,13 @@ class OnlineTrainer(SamplingTrainer):
     ) -> dict[str, float]:
         """Samples and rewards completions of the evaluation prompts; the metrics are those of training, prefixed."""
         if isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            self._evaluates_anew = self._evaluates_several = True  # each by a call of its own
+            try:
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            finally:
+                self._evaluates_several = False
         self._eval_prefix = metric_key_prefix
-        self._evaluates_anew = True
+        self._evaluates_anew = self._evaluates_anew or not self._evaluates_several
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:

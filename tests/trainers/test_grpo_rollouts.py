@@ -276,6 +276,17 @@ def test_asynchronous_rollouts_without_correction_are_refused(make_trainer: Make
         make_trainer(async_rollouts=True, vllm_importance_sampling_correction=False)
 
 
+def test_data_from_their_beginning_are_not_sampled_ahead(make_trainer: Make) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(async_rollouts=True, max_steps=1, **settings).train()
+    settings = {"max_steps": 2, "ignore_data_skip": True, "seed": 3}
+    ahead, in_turn = (make_trainer(async_rollouts=ahead, **settings) for ahead in (True, False))
+    with pytest.raises(ValueError, match=r"^ignore_data_skip: .* resume with async_rollouts=False, or without"):
+        ahead.train(resume_from_checkpoint=True)
+    in_turn.train(resume_from_checkpoint=True)
+    assert in_turn.state.global_step == 2
+
+
 class CopyEngine(ScriptedEngine):
     """Has the weights of its last update, and notes at each evaluation whether they are the policy's of now."""
 
@@ -299,12 +310,16 @@ class CopyEngine(ScriptedEngine):
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "async"])
-def test_an_evaluation_is_of_the_weights_of_now(make_trainer: Make, prompts: Any, ahead: bool) -> None:
+@pytest.mark.parametrize("several", [False, True], ids=["one dataset", "two"])
+def test_an_evaluation_is_of_the_weights_of_now(make_trainer: Make, prompts: Any, ahead: bool, several: bool) -> None:
     model = tiny_model()
     engine = CopyEngine(model)
     trainer = make_trainer(
         model,
-        trainer_arguments={"rollout_engine": engine, "eval_dataset": prompts},
+        trainer_arguments={
+            "rollout_engine": engine,
+            "eval_dataset": {"one": prompts, "two": prompts} if several else prompts,
+        },
         async_rollouts=ahead,
         max_steps=4,
         eval_strategy="steps",
@@ -314,7 +329,7 @@ def test_an_evaluation_is_of_the_weights_of_now(make_trainer: Make, prompts: Any
     )
     trainer.train()
     batches = len(prompts) * 2 // 4
-    assert engine.fresh == [True] * batches * 2
+    assert engine.fresh == [True] * batches * 2 * (2 if several else 1)
     assert engine.synced == 4 + 2  # an update for each rollout, one for each evaluation
     if ahead:
         assert all(log["sampling/staleness"] <= 1 for log in trainer.state.log_history if "sampling/staleness" in log)
