@@ -209,9 +209,9 @@ def _switched(settings: Mapping[str, Setting], annotations: Mapping[str, Any]) -
             annotation = annotations.get(name, bool)  # an unknown option is build's to refuse
             if bool not in (annotation, *typing.get_args(annotation)):
                 raise UserError(f"{setting.place} needs a value")
-            if switched.get(name, setting).place.startswith("--") and name in switched:
-                raise UserError(f"{switched[name].place} and {setting.place} exclude each other")
             key, setting = name, Setting(not off, setting.place)
+        if key in switched and switched[key].place.startswith("--"):  # otherwise it overrides the file's
+            raise UserError(f"{switched[key].place} and {setting.place} exclude each other")
         switched[key] = setting
     return switched
 

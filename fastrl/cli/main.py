@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import os
 import signal
 import sys
 import threading
@@ -67,7 +68,11 @@ def _terminated_like_interrupted() -> Iterator[None]:
         yield
         return
 
+    process = os.getpid()
+
     def terminate(*_: Any) -> None:
+        if os.getpid() != process:  # a worker of datasets inherits this, and is ended by SIGTERM
+            os._exit(143)
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)

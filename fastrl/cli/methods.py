@@ -39,11 +39,8 @@ class CommandArguments(ScriptArguments, ModelConfig, DatasetMixtureConfig):
     report: list[Literal["curves"]] = field(default_factory=lambda: ["curves"])
 
     def __post_init__(self) -> None:
-        ModelConfig.__post_init__(self)
-        DatasetMixtureConfig.__post_init__(self)
-        for name in ("dataset_streaming", "streaming"):
-            if getattr(self, name):
-                raise ValueError(f"{name}: not supported: trainers need to know all rows")
+        for part in (ScriptArguments, ModelConfig, DatasetMixtureConfig):
+            part.__post_init__(self)
         if self.ignore_bias_buffers:
             raise ValueError("ignore_bias_buffers: not supported: it hides buffers from DDP, for models before 2023")
         if self.test_split_size is not None and not self.datasets:

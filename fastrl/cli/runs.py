@@ -6,11 +6,11 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastrl.cli.errors import UserError
-from fastrl.trainers.checkpoint_files import newest_complete
 
 _CHECKPOINT = re.compile(r"(\.replaced-)?checkpoint-\d+")
 _MODEL_FILES = ("config.json", "adapter_config.json")
@@ -26,16 +26,26 @@ class Start:
     message: str
 
 
-def choose_start(output_dir: str | Path, *, resume: bool, fresh: bool, checkpoint: str | None = None) -> Start:
+def choose_start(
+    output_dir: str | Path,
+    check: Callable[[Path], Any],
+    *,
+    resume: bool,
+    fresh: bool,
+    checkpoint: str | None = None,
+) -> Start:
     """Decide where a run in `output_dir` begins.
 
-    Without `resume` and `fresh`, a folder that already holds a run is refused. `resume` takes the newest complete
-    checkpoint; `fresh` renames the folder to `<output_dir>.1` (or .2, ...) first. `checkpoint` names the one to
-    continue from, in whatever folder.
+    Without `resume` and `fresh`, a folder that already holds a run is refused. `resume` takes the newest checkpoint
+    that `check` does not refuse by a `CheckpointError`; `fresh` renames the folder to `<output_dir>.1` (or .2, ...)
+    first. `checkpoint` names the one to continue from: one in this folder, or any where this folder holds no run.
 
     Raises:
-        UserError: the folder holds a run and neither was asked for, both were, or the path is a file.
+        UserError: the folder holds a run and neither was asked for, both were, or the path is a file; no checkpoint of
+            the folder can be continued from, or not the one that was named.
     """
+    from fastrl.trainers.checkpoint_files import CheckpointError, newest_complete  # they import torch
+
     folder = Path(output_dir)
     if resume and fresh:
         raise UserError("--resume and --fresh exclude each other")
@@ -44,10 +54,16 @@ def choose_start(output_dir: str | Path, *, resume: bool, fresh: bool, checkpoin
             raise UserError(f"--resume_from_checkpoint excludes --{'resume' if resume else 'fresh'}")
         if not Path(checkpoint).is_dir():
             raise UserError(f"resume_from_checkpoint: there is no folder {checkpoint}")
-        return Start(Path(checkpoint), f"resuming from {checkpoint}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file")
-    if not holds_run(folder):
+    occupied = holds_run(folder)
+    if checkpoint is not None and (not occupied or Path(checkpoint).resolve().parent == folder.resolve()):
+        try:
+            check(Path(checkpoint))
+        except CheckpointError as error:
+            raise UserError(f"resume_from_checkpoint: {error}") from error
+        return Start(Path(checkpoint), f"resuming from {checkpoint}")
+    if not occupied:
         note = f" (nothing to resume in {folder})" if resume else ""
         return Start(None, f"starting a new run in {folder}{note}")
     if fresh:
@@ -57,10 +73,10 @@ def choose_start(output_dir: str | Path, *, resume: bool, fresh: bool, checkpoin
             f"output_dir {folder} already holds a run: continue it with --resume, start over with --fresh "
             "(keeps the earlier run under another name), or choose another --output_dir"
         )
-    newest = newest_complete(folder)  # warns of each that it passes over
-    if newest is None and saved_step(folder) is not None:
+    newest = newest_complete(folder, check)  # warns of each that it passes over
+    if newest is None and (saved_step(folder) is not None or newest_complete(folder) is not None):
         raise UserError(
-            f"output_dir {folder} holds the result of a run but no complete checkpoint to resume: start over with "
+            f"output_dir {folder} holds a run but no complete checkpoint that this one can resume: start over with "
             "--fresh (keeps it under another name), or choose another --output_dir"
         )
     if newest is None:

@@ -99,6 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
         for prompt in sampling.prompts
     ]
     rows = [row for own in of_prompts for row in own]
+    given = (sample["rewards"] for prompt in sampling.prompts for sample in prompt["samples"])
+    if not any(value is not None for rewards in given for value in rewards.values()):
+        raise UserError(f"{', '.join(names)} gave no completion a reward; the samples in {samples} are kept")
     if not rows:
         raise UserError(f"{_nothing(args, len(of_prompts))}; the samples in {samples} are kept")
     try:

@@ -69,7 +69,7 @@ def load_splits(name: str, config: str | dict[str, Any] | None) -> DatasetDict:
             splits = load_dataset(name, name=config)
     except StopIteration:  # from datasets' reader of JSON
         raise UserError(f"dataset_name: the file {name} is empty") from None
-    except (OSError, ValueError, ConnectionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"dataset_name: {name!r} can't be loaded: {error}") from error
     return splits if isinstance(splits, DatasetDict) else DatasetDict(train=splits)
 

@@ -67,6 +67,7 @@ def run(method: Method, arguments: argparse.Namespace) -> int:
     named = script.resume_from_checkpoint
     start = choose_start(
         output_dir,
+        functools.partial(_check, method, args),
         resume=arguments.resume or named is True,
         fresh=arguments.fresh,
         checkpoint=named if isinstance(named, str) else None,
@@ -90,23 +91,23 @@ def read_arguments(method: Method, config: str | None, overrides: list[str]) -> 
     Raises:
         UserError: see `fastrl.cli.config`; or a package that training needs is missing.
     """
-    classes = [method.script, method.config_class()]
     from fastrl.cli.config import build, read_overrides, read_yaml
 
     settings = {**(read_yaml(config) if config else {}), **read_overrides(overrides)}
     for name in _LAUNCH:
         if name in settings:
+            option = "config_file" if name == "accelerate_config" else name
             raise UserError(
                 f"{settings[name].place}: {name} is for accelerate, fastrl starts no processes; write: accelerate "
-                f"launch --{name} ... -m fastrl {method.name} ..."
+                f"launch --{option} ... -m fastrl {method.name} ..."
             )
-    if "env" in settings:  # as in TRL's files
+    if "env" in settings:  # as in TRL's files; before the imports of transformers and the hub, which read it
         variables = settings.pop("env")
         if not isinstance(variables.value, dict):
             raise UserError(f"{variables.place}: env: expected a mapping of names to values")
         os.environ.update({str(name): str(value) for name, value in variables.value.items()})
     data = "datasets" if "datasets" in settings else "dataset_name"
-    script, args = build(classes, settings, required=("model_name_or_path", data))
+    script, args = build([method.script, method.config_class()], settings, required=("model_name_or_path", data))
     if not (script.datasets or script.dataset_name):
         raise UserError(f"{settings[data].place}: {data}: expected something to train on, got nothing")
     return script, args
@@ -115,11 +116,12 @@ def read_arguments(method: Method, config: str | None, overrides: list[str]) -> 
 def _load_data(script: CommandArguments) -> DatasetDict:
     if not script.datasets:
         return load_splits(str(script.dataset_name), script.dataset_config)
-    if script.dataset_name is not None:
-        _say("dataset_name is not read: datasets has precedence")
+    for name in ("dataset_name", "dataset_config"):
+        if getattr(script, name) is not None:
+            _say(f"{name} is not read: datasets has precedence")
     try:
         return get_dataset(script)
-    except (OSError, ValueError, ConnectionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"datasets: {error}") from error
 
 
@@ -132,17 +134,17 @@ def _train(
     own: dict[str, Any],
     checkpoint: Path | None,
 ) -> None:
-    init = {
-        "dtype": script.dtype,
-        "revision": script.model_revision,
-        "attn_implementation": script.attn_implementation,
-        "quantization_config": get_quantization_config(script),
-        **(args.model_init_kwargs or {}),
-    }
-    args.model_init_kwargs = {key: value for key, value in init.items() if value is not None}
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # there is no device to copy to, and torch warns of it
     try:
+        init = {
+            "dtype": script.dtype,
+            "revision": script.model_revision,
+            "attn_implementation": script.attn_implementation,
+            "quantization_config": get_quantization_config(script),
+            **(args.model_init_kwargs or {}),
+        }
+        args.model_init_kwargs = {key: value for key, value in init.items() if value is not None}
         trainer = method.trainer_class()(
             model=model,
             args=args,
@@ -201,6 +203,14 @@ def _tokenizer(script: CommandArguments, args: Any, model: str) -> Any:
     return AutoTokenizer.from_pretrained(
         model, revision=script.model_revision, trust_remote_code=args.trust_remote_code
     )
+
+
+def _check(method: Method, args: Any, checkpoint: Path) -> None:
+    """Raises `CheckpointError` for what is seen to be of another run without its model; the trainer sees the rest."""
+    from fastrl.trainers.checkpoint_files import check_run
+
+    seeds = {"seed": args.seed, "data_seed": args.data_seed}
+    check_run(checkpoint, {"trainer": method.trainer.rpartition(":")[2]}, {} if args.ignore_data_skip else seeds)
 
 
 def _is_finished(checkpoint: Path, args: Any) -> bool:

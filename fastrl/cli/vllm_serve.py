@@ -12,7 +12,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "vllm-serve", help="serve a model by vLLM to runs with vllm_mode=server", add_help=False, allow_abbrev=False
     )
-    parser.set_defaults(run=run, takes_overrides=True, debug=False)
+    parser.set_defaults(run=run, takes_overrides=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
+_NO_STREAMS = "not supported: trainers need to know all rows"
+
 
 @dataclass
 class ScriptArguments:
@@ -22,6 +24,10 @@ class ScriptArguments:
     dataset_test_split: str = field(default="test", metadata={"help": "Split of evaluations."})
     dataset_streaming: bool = field(default=False, metadata={"help": "Only False: trainers take no streams."})
     ignore_bias_buffers: bool = field(default=False, metadata={"help": "For scripts that hide buffers from DDP."})
+
+    def __post_init__(self) -> None:
+        if self.dataset_streaming:
+            raise ValueError(f"dataset_streaming: {_NO_STREAMS}")
 
 
 @dataclass
@@ -53,6 +59,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_8bit, load_in_4bit: exclude each other")
+        if self.load_in_4bit and self.dtype == "auto":
+            raise ValueError("load_in_4bit: 4 bits are computed with in dtype: name one, 'auto' is none")
         modules = self.lora_target_modules
         if isinstance(modules, list) and len(modules) == 1:
             self.lora_target_modules = modules[0]  # type: ignore[assignment] # "all-linear", or a regular expression
@@ -84,9 +92,13 @@ class DatasetMixtureConfig:
 
     datasets: list[DatasetConfig] = field(default_factory=list, metadata={"help": "The data sets of the mixture."})
     streaming: bool = field(default=False, metadata={"help": "Only False: trainers take no streams."})
-    test_split_size: float | None = field(default=None, metadata={"help": "Share (or rows) of a test split."})
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Share of a test split; 1 and more: its rows."}
+    )
 
     def __post_init__(self) -> None:
+        if self.streaming:
+            raise ValueError(f"streaming: {_NO_STREAMS}")
         self.datasets = [DatasetConfig(**entry) if isinstance(entry, dict) else entry for entry in self.datasets]
 
 
@@ -97,14 +109,12 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> DatasetDict:
     on rows that it was evaluated on.
 
     Raises:
-        ValueError: no data set, streaming, or a `fraction` for some of them only.
+        ValueError: no data set, or a `fraction` for some of them only.
     """
     import datasets
 
     if not mixture_config.datasets:
         raise ValueError("datasets: expected at least one data set, got none")
-    if mixture_config.streaming:
-        raise ValueError("streaming: not supported: trainers need to know all rows")
     parts = []
     for config in mixture_config.datasets:
         rows = datasets.load_dataset(
@@ -119,9 +129,10 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> DatasetDict:
         total = min(len(rows) / share for rows, share in zip(parts, shares, strict=True) if share)
         parts = [rows.select(range(round(share * total))) for rows, share in zip(parts, shares, strict=True)]
     mixture = datasets.concatenate_datasets(parts)
-    if mixture_config.test_split_size is None:
+    size = mixture_config.test_split_size
+    if size is None:
         return datasets.DatasetDict(train=mixture)
-    return mixture.train_test_split(test_size=mixture_config.test_split_size, seed=0)
+    return mixture.train_test_split(test_size=size if size < 1 else int(size), seed=0)
 
 
 def get_peft_config(model_args: ModelConfig) -> Any:

@@ -68,6 +68,14 @@ def check_complete(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
+def check_run(checkpoint: str | os.PathLike[str], run: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` unless a checkpoint is complete and its manifest has all that is in `run` and `data`."""
+    manifest = check_complete(checkpoint)
+    refuse_differences(checkpoint, manifest["run"], run, "only its own run can continue from it")
+    way = "set these as they were; or ignore_data_skip=True, to go on with other data from their beginning"
+    refuse_differences(checkpoint, manifest["data"], data, way)
+
+
 def newest_complete(output_dir: str | os.PathLike[str], check: Callable[[Path], Any] = check_complete) -> str | None:
     """The checkpoint of the highest step, or None; those that `check` refuses are passed over with a warning."""
     root = Path(output_dir)
@@ -106,7 +114,9 @@ def one_write_error(what: str, advice: str) -> Iterator[None]:
         raise CheckpointWriteError(f"{what} could not be written: {' '.join(str(error).split())}. {advice}") from error
 
 
-def refuse_differences(checkpoint: Path, there: Mapping[str, Any], here: Mapping[str, Any], way: str) -> None:
+def refuse_differences(
+    checkpoint: str | os.PathLike[str], there: Mapping[str, Any], here: Mapping[str, Any], way: str
+) -> None:
     """Raises `ForeignCheckpointError`, which says the way out, unless `there` has all that is `here`."""
     different = [
         f"{name}: {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]

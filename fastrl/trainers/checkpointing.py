@@ -20,11 +20,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from fastrl.trainers.checkpoint_files import (
-    check_complete,
+    check_run,
     install,
     newest_complete,
     one_write_error,
-    refuse_differences,
     write_manifest,
 )
 from fastrl.trainers.metrics import MetricStore
@@ -115,11 +114,8 @@ class ResumableTrainer(Trainer):
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _check(self, checkpoint: Path) -> None:
-        manifest, own = check_complete(checkpoint), self._identity()
-        refuse_differences(checkpoint, manifest["run"], own["run"], "only its own run can continue from it")
-        if not self.args.ignore_data_skip:
-            way = "set these as they were; or ignore_data_skip=True, to go on with other data from their beginning"
-            refuse_differences(checkpoint, manifest["data"], own["data"], way)
+        own = self._identity()
+        check_run(checkpoint, own["run"], {} if self.args.ignore_data_skip else own["data"])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """See `transformers.Trainer.evaluate`."""

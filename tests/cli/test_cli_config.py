@@ -99,6 +99,9 @@ def test_overrides_win_and_are_read_by_the_type_of_the_field(tmp_path):
         ("", "--steps", "--steps needs a value"),
         ("", "--no_steps", "--no_steps needs a value"),
         ("", "--flag --no_flag", "--flag and --no_flag exclude each other"),
+        ("", "--flag true --no_flag", "--flag and --no_flag exclude each other"),
+        ("flag: true\n", "--no_flag --flag true", "--flag and --no_flag exclude each other"),
+        ("", "--no_flag --flag true", "--no_flag and --flag exclude each other"),
         ("", "--flg", r"--flg: unknown option; did you mean '--flag'\?"),
         ("", "--no_flag true", "--no_flag: unknown option"),
         ("entries: [{nme: a}]\n", "", r"x.yaml: entries: unknown key 'nme'; did you mean 'name'\?"),
@@ -156,9 +159,12 @@ def test_real_configuration_mistakes_exit_with_2_and_one_line(project, capsys):
     assert not (project / "out").exists()
 
 
-def test_debug_shows_the_traceback(project, capsys):
+def test_debug_shows_the_traceback(project, capsys, monkeypatch):
     assert main(["--debug", "grpo", "--config", "no.yaml"]) == main(["grpo", "--config", "no.yaml", "--debug"]) == 2
     assert capsys.readouterr().err.count("Traceback") == 2
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert main(["--debug", "vllm-serve", "--model", "anything", "--eos-token-ids", "2"]) == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_commands_are_listed_in_the_order_of_the_pipelines(capsys):

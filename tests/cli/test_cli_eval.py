@@ -6,6 +6,8 @@ import errno
 import json
 import math
 import os
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -230,13 +232,19 @@ def test_what_is_accepted(files, capsys):
     assert 0 < len(rows) <= len(finished) < 32
     assert {row["completion"] for row in rows} == {s["completion"] for s in finished}
     capsys.readouterr()
+    with (files / "judge.py").open("a") as file:
+        file.write("\n\ndef silent(completions, **kwargs):\n    return [None] * len(completions)\n")
+    sys.modules.pop("judge")
+    silent = "--reward_funcs judge.silent --output_file silent.jsonl"
     for words, message in {
+        f"{silent} --keep_cut_off true": "silent gave no completion a reward",
+        f"{silent} --format preference --fresh": "silent gave no completion a reward",
         "--reward_threshold 99": "none of 32 completions was accepted: lower --reward_threshold (now 99)",
         "--output_file best.csv": "expected a file that ends in .jsonl or .parquet",
         "--reward_weights [1]": "reward_weights: expected 2, one for each of has_letter, counts_letters, got 1",
         "--best-of x": "expected a whole number, got 'x'",
     }.items():
-        assert main([*SAMPLE, *words.split(" ", 1)]) == 2, words
+        assert main([*SAMPLE, *shlex.split(words)]) == 2, words
         assert message in capsys.readouterr().err.strip().splitlines()[-1], words
 
 

@@ -14,6 +14,7 @@ from transformers import Trainer
 from fastrl.cli import main
 from fastrl.cli.errors import UserError
 from fastrl.cli.runs import choose_start, complete_from_checkpoint, saved_step
+from fastrl.trainers.checkpoint_files import check_complete
 
 TIMES = {"step_time", "tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
@@ -94,42 +95,42 @@ def test_a_result_without_checkpoints_is_not_overwritten(project, capsys):
     words = ["--max_steps", "1", "--save_strategy", "no"]
     assert main(["grpo", "--config", "run.yaml", *words]) == 0
     assert main(["grpo", "--config", "run.yaml", *words, "--resume"]) == 2
-    assert "holds the result of a run but no complete checkpoint to resume" in capsys.readouterr().err
+    assert "holds a run but no complete checkpoint that this one can resume" in capsys.readouterr().err
 
 
 def test_a_broken_newest_checkpoint_is_passed_over(project):
     assert main(["grpo", "--config", "run.yaml", "--max_steps", "4"]) == 0
     with open(project / "out" / "checkpoint-4" / "model.safetensors", "r+b") as file:
         file.truncate(1000)
-    start = choose_start(project / "out", resume=True, fresh=False)
+    start = choose_start(project / "out", check_complete, resume=True, fresh=False)
     assert start.checkpoint is not None and start.checkpoint.name == "checkpoint-2"
     shutil.rmtree(project / "out" / "checkpoint-2")
-    with pytest.raises(UserError, match="no complete checkpoint to resume"):
-        choose_start(project / "out", resume=True, fresh=False)
+    with pytest.raises(UserError, match="no complete checkpoint that this one can resume"):
+        choose_start(project / "out", check_complete, resume=True, fresh=False)
     (project / "out" / "trainer_state.json").unlink()  # as if it had been killed
-    start = choose_start(project / "out", resume=True, fresh=False)
+    start = choose_start(project / "out", check_complete, resume=True, fresh=False)
     assert start.checkpoint is None and "starting the run again from its first step" in start.message
 
 
 def test_resume_without_a_run_starts_one(tmp_path):
-    start = choose_start(tmp_path / "new", resume=True, fresh=False)
+    start = choose_start(tmp_path / "new", check_complete, resume=True, fresh=False)
     assert start.checkpoint is None and "nothing to resume" in start.message
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "README").touch()
-    assert choose_start(tmp_path / "notes", resume=False, fresh=False).checkpoint is None
+    assert choose_start(tmp_path / "notes", check_complete, resume=False, fresh=False).checkpoint is None
 
 
 def test_fresh_never_overwrites_an_earlier_copy(tmp_path):
     for _ in range(2):
         (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
-        choose_start(tmp_path / "out", resume=False, fresh=True)
+        choose_start(tmp_path / "out", check_complete, resume=False, fresh=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.1", "out.2"]
 
 
 def test_output_dir_that_is_a_file(tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(UserError, match="is a file"):
-        choose_start(tmp_path / "out", resume=False, fresh=False)
+        choose_start(tmp_path / "out", check_complete, resume=False, fresh=False)
 
 
 def test_only_what_belongs_to_the_model_is_taken_from_a_checkpoint(tmp_path):
@@ -195,7 +196,8 @@ def test_a_checkpoint_of_another_run_is_passed_over(project, capsys, caplog):
     assert main(["grpo", "--config", "run.yaml", "--max_steps", "5", "--resume"]) == 0
     assert "out/checkpoint-4 is of another run (seed: 7 there, 42 here)" in caplog.text
     assert [entry["step"] for entry in history(project / "out") if "reward" in entry] == [1, 2, 3, 4, 5]
-    assert main([*words[:5], "--max_steps", "6", "--num_generations", "8", "--resume"]) == 2
+    words[words.index("4")] = "6"
+    assert main([*words, "--num_generations", "8", "--resume"]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("fastrl grpo: ") and "no complete checkpoint in other that this run can continue" in last
 
@@ -210,5 +212,5 @@ def test_a_failing_reward_function_is_one_line_and_spares_the_checkpoints(projec
     assert "reward function 'raises' raised RuntimeError: the judge is away" in last and "judge.py, line " in last
     assert "for every completion of 3 batches in a row" in last
     assert caplog.text.count("Traceback") == 1 and "it failed for 8 of 8" in caplog.text  # at the first batch
-    start = choose_start(project / "out", resume=True, fresh=False)
+    start = choose_start(project / "out", check_complete, resume=True, fresh=False)
     assert start.checkpoint is not None and start.checkpoint.name == "checkpoint-4"

@@ -159,9 +159,11 @@ def test_mixture_and_environment_in_the_file(configured, capsys, monkeypatch):
     state = json.loads((configured / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 3  # 12 of 16 rows, 4 at a time
     assert any("eval_loss" in entry for entry in state["log_history"])
-    more = ["--dataset_name", "gone.jsonl", "--fresh"]
-    assert main(["sft", "--config", "mixed.yaml", *more]) == 0
-    assert "dataset_name is not read" in capsys.readouterr().err
+    more = ["--dataset_name", "gone.jsonl", "--dataset_config", "main", "--test_split_size", "5", "--fresh"]
+    assert main(["sft", "--config", "mixed.yaml", "--max_steps", "-1", "--num_train_epochs", "1", *more]) == 0
+    error = capsys.readouterr().err
+    assert "dataset_name is not read" in error and "dataset_config is not read" in error
+    assert json.loads((configured / "out" / "trainer_state.json").read_text())["global_step"] == 3  # 11 of 16 rows
 
 
 def test_a_checkpoint_by_its_path(configured, capsys):
@@ -173,6 +175,57 @@ def test_a_checkpoint_by_its_path(configured, capsys):
     assert (configured / "again" / "model.safetensors").read_bytes() == whole
     assert main([*words, "--resume_from_checkpoint", "true"]) == 0
     assert "this run is finished" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_is_never_the_result(configured, capsys):
+    """Not even one whose steps are done, from which there is nothing to train."""
+    assert main(["sft", "--config", "sft.yaml"]) == 0
+    files = {path: path.read_bytes() for path in configured.glob("out/**/*") if path.is_file()}
+    for words, message in {
+        "dpo --resume_from_checkpoint out/checkpoint-2 --output_dir new": "trainer: SFTTrainer there, DPOTrainer here",
+        "sft --resume_from_checkpoint out/checkpoint-2 --output_dir new --seed 7": "seed: 42 there, 7 here",
+        "dpo --resume": "output_dir out holds a run but no complete checkpoint that this one can resume",
+        "sft --resume --seed 7": "output_dir out holds a run but no complete checkpoint that this one can resume",
+    }.items():
+        command, *rest = words.split()
+        assert main([command, "--config", f"{command}.yaml", *rest]) == 2, words
+        assert message in capsys.readouterr().err.strip().splitlines()[-1], words
+    (configured / "out" / "trainer_state.json").unlink()  # killed: it is a run none the less
+    assert main(["dpo", "--config", "dpo.yaml", "--resume"]) == 2
+    files.pop(configured / "out" / "trainer_state.json")
+    assert {path: path.read_bytes() for path in configured.glob("out/**/*") if path.is_file()} == files
+    with open(configured / "out" / "checkpoint-2" / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    capsys.readouterr()
+    words = ["--resume_from_checkpoint", "out/checkpoint-2", "--output_dir", "new"]
+    assert main(["sft", "--config", "sft.yaml", *words]) == 2
+    assert "model.safetensors has 1000 bytes instead of" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (configured / "new").exists()
+
+
+def test_a_checkpoint_is_not_continued_in_the_folder_of_another_run(configured, capsys):
+    for folder in ("out", "other"):
+        assert main(["sft", "--config", "sft.yaml", "--output_dir", folder]) == 0
+    words = ["sft", "--config", "sft.yaml", "--max_steps", "3", "--resume_from_checkpoint", "out/checkpoint-1"]
+    before = sorted(configured.glob("other/**/*"))
+    assert main([*words, "--output_dir", "other"]) == 2
+    assert "output_dir other already holds a run" in capsys.readouterr().err
+    assert main([*words, "--output_dir", "sft.yaml"]) == 2
+    assert "output_dir sft.yaml is a file" in capsys.readouterr().err
+    assert sorted(configured.glob("other/**/*")) == before
+    assert main(words) == 0 and (configured / "out" / "checkpoint-3").is_dir()
+
+
+def test_workers_of_datasets_end_in_silence_and_the_file_sets_what_the_hub_reads(configured):
+    """In a process of its own: in this one the hub has long been imported, and pytest has the signals."""
+    (configured / "sft.yaml").write_text((configured / "sft.yaml").read_text() + "env:\n  HF_HOME: /home/of/hub\n")
+    code = "from fastrl.cli import main; main(); from huggingface_hub import constants; print(constants.HF_HOME)"
+    words = [sys.executable, "-c", code, "sft", "--config", "sft.yaml", "--dataset_num_proc", "2"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "HF_DATASETS_CACHE": str(configured / "cache")}
+    run = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert "num_proc=2" in run.stderr and "model saved to out" in run.stderr, run.stderr
+    assert "Traceback" not in run.stderr and run.stdout.splitlines()[-1] == "/home/of/hub"
 
 
 def test_generated_data_by_name(configured, model_folder):
@@ -191,7 +244,11 @@ def test_generated_data_by_name(configured, model_folder):
         ("sft", "--dataset_name null", "--dataset_name: expected a value, got null"),
         ("distillation", "--teacher_model_name_or_path null", "teacher_model"),
         ("sft", "--num_processes 4", "--num_processes: num_processes is for accelerate"),
+        ("sft", "--accelerate_config x.yaml", "write: accelerate launch --config_file ..."),
         ("sft", "--dataset_streaming", "dataset_streaming: not supported"),
+        ("sft", "--streaming", "streaming: not supported"),
+        ("sft", "--load-in-4bit --dtype auto", "load_in_4bit: 4 bits are computed with in dtype"),
+        ("sft", "--load-in-4bit --bnb-4bit-quant-storage int9", "bnb_4bit_quant_storage"),
         ("sft", "--test_split_size 0.1", "test_split_size: only splits a mixture"),
         ("sft", "--datasets [] --dataset_name null", "--datasets: datasets: expected something to train on"),
         ("sft", "--datasets [{path:_json,data_files:_gone.jsonl}]", "datasets: "),
