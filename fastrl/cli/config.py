@@ -167,7 +167,9 @@ def coerce(value: Any, annotation: Any) -> Any:
     elif annotation is int:
         fits = isinstance(value, int) and not isinstance(value, bool)
     elif annotation is float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return float(value)  # transformers refuses a temperature of 2 that is not 2.0
+        fits = isinstance(value, float)
     elif isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         for member in annotation:
             if value in (member.value, member.name, member):

@@ -181,8 +181,8 @@ class TransformersEngine:
             "eos_token_id": self.eos_token_ids or None,
         }
         if sampling.temperature > 0:
-            names = ("temperature", "top_p", "top_k", "min_p")
-            settings |= {name: getattr(sampling, name) for name in names}
+            settings |= {name: getattr(sampling, name) for name in ("top_p", "top_k", "min_p")}
+            settings["temperature"] = float(sampling.temperature)  # transformers refuses a whole number
         settings |= sampling.engine_kwargs
         known = GenerationConfig().to_dict().keys() | {"cache_implementation"}
         unknown = sorted(settings.keys() - known)

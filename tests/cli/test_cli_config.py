@@ -132,6 +132,11 @@ def test_no_value_is_converted_silently():
             coerce(value, annotation)
 
 
+def test_a_whole_number_is_a_number():
+    assert isinstance(coerce(2, float), float)
+    assert isinstance(coerce(2, float | None), float)
+
+
 def test_real_configuration_mistakes_exit_with_2_and_one_line(project, capsys):
     cases = {
         "--learning_rte 1": "--learning_rte: unknown option; did you mean '--learning_rate'?",

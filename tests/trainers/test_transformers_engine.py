@@ -88,6 +88,12 @@ def test_sampling_settings_reach_the_sampler(sampling: dict) -> None:
     assert len({ids[0] for ids in settled}) <= max(3, len({ids[0] for ids in plain}) // 2)
 
 
+def test_a_temperature_may_be_a_whole_number() -> None:
+    model = tiny_model()
+    whole, same = (SamplingParams(max_tokens=8, temperature=t, seed=1) for t in (2, 2.0))
+    assert engine(model, ()).generate([[6, 7]], 4, whole) == engine(model, ()).generate([[6, 7]], 4, same)
+
+
 def test_repetition_penalty_reaches_the_sampler() -> None:
     sampling = SamplingParams(max_tokens=10, top_k=1, repetition_penalty=1e6)
     (ids,) = engine(tiny_model(), ()).generate([[6, 7]], 1, sampling).ids
