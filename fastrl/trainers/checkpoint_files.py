@@ -2,6 +2,7 @@
 says of which run it is. It is renamed into place once it is whole."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 MANIFEST = "fastrl_manifest.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REPLACED = ".replaced-"  # a checkpoint of the same step, moved aside until its successor is in place
 
 
@@ -39,8 +41,12 @@ class CheckpointWriteError(OSError):
     """A checkpoint or a model could not be written; the checkpoints that were there before are as they were."""
 
 
-def check_complete(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+def check_complete(checkpoint: str | os.PathLike[str], *, checksums: bool = True) -> dict[str, Any]:
     """The manifest of a checkpoint of which every file is there as it was written.
+
+    Args:
+        checkpoint: its directory.
+        checksums: read all of it; False: only the sizes are compared.
 
     Raises:
         IncompleteCheckpointError: a file is missing, was cut or has changed, or there is no manifest.
@@ -63,14 +69,17 @@ def check_complete(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
             raise refuse(f"{name} is missing")
         if path.stat().st_size != size:
             raise refuse(f"{name} has {path.stat().st_size} bytes instead of {size}")
-        if _checksum(path) != checksum:
+        if checksums and _checksum(path) != checksum:
             raise refuse(f"{name} has changed since it was written")
     return manifest
 
 
-def check_run(checkpoint: str | os.PathLike[str], run: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Raises `CheckpointError` unless a checkpoint is complete and its manifest has all that is in `run` and `data`."""
-    manifest = check_complete(checkpoint)
+def check_run(
+    checkpoint: str | os.PathLike[str], run: Mapping[str, Any], data: Mapping[str, Any], *, checksums: bool = True
+) -> None:
+    """Raises `CheckpointError` unless a checkpoint is complete and its manifest has all that is in `run` and `data`;
+    `checksums` as for `check_complete`."""
+    manifest = check_complete(checkpoint, checksums=checksums)
     refuse_differences(checkpoint, manifest["run"], run, "only its own run can continue from it")
     way = "set these as they were; or ignore_data_skip=True, to go on with other data from their beginning"
     refuse_differences(checkpoint, manifest["data"], data, way)
@@ -101,17 +110,31 @@ def newest_complete(output_dir: str | os.PathLike[str], check: Callable[[Path], 
 
 
 @contextlib.contextmanager
-def one_write_error(what: str, advice: str) -> Iterator[None]:
-    """Makes one error of the many that torch, safetensors and Python have for a full disk."""
+def one_write_error(what: str, kept: str, way: str) -> Iterator[None]:
+    """Makes one error of the many that torch, safetensors and Python have for what the disk does not take.
+
+    Args:
+        what: can't be written then.
+        kept: what was not lost.
+        way: how to go on, once the disk takes it.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save has several messages for it, whose only common sign is where they come from.
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         other = isinstance(error, RuntimeError) and raised_in != Path(torch.serialization.__file__)
-        if isinstance(error, CheckpointWriteError) or other:
+        if other or (isinstance(error, OSError) and error.errno is None):  # a push to the hub that failed, say
             raise
-        raise CheckpointWriteError(f"{what} could not be written: {' '.join(str(error).split())}. {advice}") from error
+        reason = " ".join(str(error).split())
+        cure = "make room (save_total_limit keeps fewer checkpoints)" if _is_full(error) else "mend that"
+        raise CheckpointWriteError(f"{what} could not be written: {reason}. {kept}: {cure}, then {way}") from error
+
+
+def _is_full(error: Exception) -> bool:
+    if any(os.strerror(code) in str(error) for code in _FULL):
+        return True
+    return isinstance(error, RuntimeError) and "strerror" not in str(error)  # torch tells it only of files to open
 
 
 def refuse_differences(

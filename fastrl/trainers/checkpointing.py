@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
@@ -20,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from fastrl.trainers.checkpoint_files import (
+    CheckpointError,
     check_run,
     install,
     newest_complete,
@@ -101,21 +103,38 @@ class ResumableTrainer(Trainer):
             CheckpointWriteError: see there.
         """
         self._written_in = self._identity()  # now: DDP and FSDP wrap the model later on
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_complete(self.args.output_dir, self._check)  # type: ignore[arg-type]
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir} that this run can "
-                    "continue from; start it anew, or in another output_dir"
-                )
-        elif resume_from_checkpoint:
-            self._check(Path(resume_from_checkpoint))
+        checkpoint = self._start(resume_from_checkpoint) if resume_from_checkpoint else None
         with self.progress:
-            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+            return super().train(checkpoint, *args, **kwargs)
 
-    def _check(self, checkpoint: Path) -> None:
+    def _start(self, asked: str | bool) -> str:
+        """The checkpoint to continue from. One process reads it to check it; all raise what it finds."""
+        found: list[str | CheckpointError | None] = [None]
+        if self.is_world_process_zero():
+            try:
+                if asked is True:
+                    found = [newest_complete(self.args.output_dir, self._check)]  # type: ignore[arg-type]
+                else:
+                    self._check(Path(str(asked)))
+                    found = [str(asked)]
+            except CheckpointError as error:
+                found = [error]
+        (checkpoint,) = broadcast_object_list(found)
+        if isinstance(checkpoint, CheckpointError):
+            raise checkpoint
+        if checkpoint is None:
+            raise ValueError(
+                f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir} that this run can "
+                "continue from; start it anew, or in another output_dir"
+            )
+        if not self.is_world_process_zero():
+            self._check(Path(checkpoint), checksums=False)
+        return str(checkpoint)
+
+    def _check(self, checkpoint: Path, checksums: bool = True) -> None:
         own = self._identity()
-        check_run(checkpoint, own["run"], {} if self.args.ignore_data_skip else own["data"])
+        data = {} if self.args.ignore_data_skip else own["data"]
+        check_run(checkpoint, own["run"], data, checksums=checksums)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """See `transformers.Trainer.evaluate`."""
@@ -179,12 +198,10 @@ class ResumableTrainer(Trainer):
         push = self.args.push_to_hub
         self._staging, self.args.push_to_hub = str(staging), False
         step = self.state.global_step
-        advice = (
-            "The checkpoints before it are as they were: make room (save_total_limit keeps fewer of them), then go on "
-            "with resume_from_checkpoint=True, on the command line --resume"
-        )
+        what, kept = f"The checkpoint of step {step} in {staging.parent}", "The checkpoints before it are as they were"
+        way = "go on with resume_from_checkpoint=True, on the command line --resume"
         try:
-            with one_write_error(f"The checkpoint of step {step} in {staging.parent}", advice):
+            with one_write_error(what, kept, way):
                 yield
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)  # of no use, and the disk may be full
@@ -198,9 +215,9 @@ class ResumableTrainer(Trainer):
         Raises:
             CheckpointWriteError: see there.
         """
-        advice = "The checkpoints are as they were; make room and save it again, or to another folder"
-        what = f"The model in {output_dir or self.args.output_dir}"
-        with contextlib.nullcontext() if self._staging else one_write_error(what, advice):
+        what, kept = f"The model in {output_dir or self.args.output_dir}", "The checkpoints are as they were"
+        way = "save it again, or to another folder"
+        with contextlib.nullcontext() if self._staging else one_write_error(what, kept, way):
             super().save_model(output_dir, _internal_call)
 
     def _save_resume_state(self, directory: Path) -> None:

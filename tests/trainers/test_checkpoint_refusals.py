@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import zlib
@@ -20,10 +21,12 @@ from dpo_runs import PAIRS, dpo_trainer
 from killable_runs import RUNS
 from reward_runs import OUTCOMES, RANKED, STEPWISE
 from rich.console import Console
+from safetensors import SafetensorError
 from sft_runs import sft_trainer
 from tiny_runs import make_tokenizer, tiny_model
 from transformers import TrainerCallback
 
+from fastrl.trainers import checkpointing
 from fastrl.trainers.checkpoint_files import (
     MANIFEST,
     CheckpointWriteError,
@@ -74,8 +77,36 @@ def test_a_checkpoint_that_does_not_fit_costs_no_other(limited: None, tmp_path: 
 def test_a_model_that_does_not_fit(limited: None, tmp_path: Path) -> None:
     trainer = sft_trainer(tmp_path, max_steps=1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    with pytest.raises(CheckpointWriteError, match=r"The model in .* make room and save it again, or"):
+    with pytest.raises(CheckpointWriteError, match=r"The model in .*: make room .*, then save it again, or"):
         trainer.save_model(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [
+        (OSError(28, "No space left on device"), "make room .*"),
+        (OSError(122, "Disk quota exceeded"), "make room .*"),
+        (PermissionError(13, "Permission denied", "optimizer.pt"), "mend that"),
+        (SafetensorError("I/O error: Read-only file system (os error 30)"), "mend that"),
+        (ConnectionError("the hub is away"), None),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_is_advised_depends_on_what_the_disk_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, cure: str | None
+) -> None:
+    trainer = sft_trainer(tmp_path, max_steps=2, save_steps=1)
+
+    def fails(*args: Any) -> None:
+        if trainer.state.global_step == 2:
+            raise error
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", fails)
+    reason = re.escape(str(error))
+    message = rf"step 2 in .* could not be written: {reason}\. .* as they were: {cure}, then go on with resume_from"
+    with pytest.raises(CheckpointWriteError if cure else type(error), match=message if cure else f"^{reason}$"):
+        trainer.train()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", *RECORD}
 
 
 def test_a_log_of_tensorboard_that_can_no_longer_be_written_ends_there(
@@ -128,6 +159,24 @@ def test_a_byte_that_has_changed_is_noticed(
     trainer = resume(run)
     assert f"Passed over: {run}/checkpoint-3 is not a complete checkpoint: {reason}" in caplog.text
     assert trainer.state.log_history[1]["step"] == 2 and trainer.state.global_step == 4
+
+
+def test_one_process_reads_a_checkpoint_for_all(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = shutil.copytree(saved, tmp_path / "run")
+    told: list[Any] = [str(run / "checkpoint-3")]
+    monkeypatch.setattr(checkpointing, "broadcast_object_list", lambda found: told if found == [None] else found)
+    trainer = sft_trainer(run, max_steps=4)
+    (run / "checkpoint-3" / "optimizer.pt").write_bytes(bytes((run / "checkpoint-3" / "optimizer.pt").stat().st_size))
+    with pytest.raises(IncompleteCheckpointError, match=r"optimizer\.pt has changed since it was written"):
+        trainer._start(told[0])
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    assert trainer._start(True) == told[0]
+    (run / "checkpoint-3" / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(IncompleteCheckpointError, match=r"optimizer\.pt has 0 bytes instead of"):
+        trainer._start(True)
+    told[0] = ForeignCheckpointError("of another run")
+    with pytest.raises(ForeignCheckpointError, match="of another run"):
+        trainer._start(True)
 
 
 @pytest.mark.parametrize(
