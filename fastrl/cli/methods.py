@@ -29,7 +29,8 @@ class CommandArguments(ScriptArguments, ModelConfig, DatasetMixtureConfig):
             for evaluations.
         datasets: a mixture instead of dataset_name, see `fastrl.DatasetConfig`; with test_split_size it has a split
             "test".
-        resume_from_checkpoint: folder of the checkpoint to continue from; True is the same as --resume.
+        resume_from_checkpoint: folder of the checkpoint to continue from, in output_dir or where that holds no run;
+            True is the same as --resume.
         report: what to write into `<output_dir>/report` at the end: "curves" (the page and the pictures).
     """
 

@@ -129,6 +129,7 @@ def complete_from_checkpoint(folder: Path, checkpoint: Path) -> None:
     """Put the last checkpoint's model into a run's folder, if the run was killed before it saved its result there."""
     if saved_step(folder) == read_trainer_state(checkpoint)["global_step"]:
         return
+    folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == "trainer_state.json"):
         if path.is_file() and not _TRAINER_FILES.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)

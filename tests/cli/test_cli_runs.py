@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import time
 
 import pytest
 from transformers import Trainer
 
 from fastrl.cli import main
 from fastrl.cli.errors import UserError
+from fastrl.cli.main import Terminated, _terminated_like_interrupted
 from fastrl.cli.runs import choose_start, complete_from_checkpoint, saved_step
 from fastrl.trainers.checkpoint_files import check_complete
 
@@ -156,6 +159,26 @@ def test_a_terminated_run_is_resumed(project, monkeypatch, capsys):
     monkeypatch.setenv("STOP_AFTER", "1000")
     assert main([*words, "--resume"]) == 0
     assert "resuming from out/checkpoint-2" in capsys.readouterr().err
+
+
+def test_a_worker_of_a_run_is_terminated_without_a_traceback(capfd):
+    """A pool that `datasets` forks is ended by SIGTERM, which in the run itself is an exception."""
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Event()
+
+    def work():
+        begun.set()
+        time.sleep(10)
+
+    with _terminated_like_interrupted():
+        worker = fork.Process(target=work)
+        worker.start()
+        assert begun.wait(10)  # Python forgets a signal that comes while it forks
+        worker.terminate()
+        worker.join()
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert worker.exitcode == 143 and "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
