@@ -48,8 +48,8 @@ def draw_evaluation(axes: Axes, evaluation: Evaluation, title: str = "") -> None
     axes.minorticks_off()
     axes.set_xlabel("samples per prompt, n")
     axes.set_ylabel("accuracy")
-    low, high = axes.get_ylim()  # not from 0: near 1 the curves would lie on each other
-    axes.set_ylim(max(low, 0.0), min(max(high, 0.05), 1.02))
+    bottom, top = axes.get_ylim()  # not from 0: near 1 the curves would lie on each other
+    axes.set_ylim(max(bottom, 0.0), min(max(top, 0.05), 1.02))
     axes.grid(alpha=0.25)
     axes.legend(loc="best", fontsize=9)
     axes.set_title(title or f"{evaluation.prompts} prompts, {evaluation.samples_per_prompt} samples each", fontsize=10)
