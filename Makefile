@@ -64,9 +64,10 @@ examples: demo
 		--output_dir runs/eval_rejection_tiny
 	@echo "== DPO on SmolLM2-135M-Instruct"
 	$(BIN)/fastrl dpo --config examples/dpo_smollm2.yaml --resume
-	$(BIN)/fastrl dpo --config examples/dpo_smollm2.yaml --learning_rate 1e-5 --max_steps 10 \
+	$(BIN)/fastrl dpo --config examples/dpo_smollm2.yaml --learning_rate 3e-5 --max_steps 10 \
 		--output_dir runs/dpo_displaced_smollm2 --resume
-	$(BIN)/fastrl plot runs/dpo_smollm2 runs/dpo_displaced_smollm2 --out runs/dpo_smollm2/displacement.png
+	$(BIN)/fastrl plot runs/dpo_smollm2 runs/dpo_displaced_smollm2 --out runs/dpo_smollm2/displacement.png \
+		--metrics eval_rewards/accuracies eval_rewards/margins eval_logps/chosen eval_rewards/displaced
 	$(BIN)/python examples/dpo_likelihood.py
 	@echo "== Dr. GRPO on SmolLM2-135M-Instruct"
 	$(BIN)/fastrl grpo --config examples/dr_grpo_smollm2.yaml --resume
