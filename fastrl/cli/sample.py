@@ -114,16 +114,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _nothing(args: SampleArguments, prompts: int) -> str:
-    threshold = f"--reward_threshold (now {args.reward_threshold})"
+    ways = ["--keep_cut_off true if they are too long"]
+    if args.reward_threshold is not None:
+        ways.insert(0, f"lower --reward_threshold (now {args.reward_threshold:g})")
     if args.format == "preference":
-        return (
-            f"no two completions of any of {prompts} prompts make a pair: their rewards must differ, so raise "
-            f"--num_generations or --temperature, or lower {threshold}; or --keep_cut_off true if they are too long"
-        )
-    return (
-        f"none of {prompts * args.num_generations} completions was accepted: lower {threshold}, or --keep_cut_off true "
-        "if they are too long"
-    )
+        ways.insert(0, "raise --num_generations or --temperature")
+        nothing = f"no two completions of any of {prompts} prompts make a pair, their rewards must differ"
+    else:
+        nothing = f"none of {prompts * args.num_generations} completions was accepted"
+    return f"{nothing}: {', or '.join(ways)}"
 
 
 def _summary(args: SampleArguments, rows: Sequence[Mapping[str, Any]], used: int, prompts: int) -> str:
